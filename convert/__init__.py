@@ -1,0 +1,1 @@
+"""Source checkpoints to MLX quantised arrays, imported as `mlx_gptoss.convert`."""

@@ -1,0 +1,30 @@
+"""OpenAI's gpt-oss models on Apple silicon.
+
+Importing this package does nothing: no device, no network, no environment. The names below load
+their module on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mlx_gptoss._version import __version__
+
+if TYPE_CHECKING:
+    from mlx_gptoss.errors import GptOssError
+
+_HOME = {
+    "GptOssError": "errors",
+}
+
+__all__ = ["GptOssError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_gptoss' has no attribute {name!r}")
+    return getattr(import_module(f"mlx_gptoss.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
