@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 from mlx_gptoss._version import __version__
 
 if TYPE_CHECKING:
+    from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
     from mlx_gptoss.errors import GptOssError
 
 _HOME = {
+    "GPT_OSS_20B": "config",
+    "GPT_OSS_120B": "config",
     "GptOssError": "errors",
+    "ModelConfig": "config",
 }
 
-__all__ = ["GptOssError", "__version__"]
+__all__ = ["GPT_OSS_20B", "GPT_OSS_120B", "GptOssError", "ModelConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
