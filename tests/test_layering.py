@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of lower rows, and of its own package. Every module has a row.
 LAYERS = [
     ["_version", "errors", "metal"],
-    ["config"],
+    ["config", "weight_files"],
     ["vocabulary", "checkpoint", "rope", "reference"],
     ["convert", "kernels", "cache"],
     ["attention", "moe"],

@@ -118,7 +118,8 @@ def plan(s: TinyShape) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """Dense tensors of the Hugging Face layout: name -> (shape, std, mean)."""
     q, kv = s.q_heads * s.head_dim, s.kv_heads * s.head_dim
     wide = s.hidden**-0.5
-    tensors = {"model.embed_tokens.weight": ((s.vocab, s.hidden), 1.0, 0.0)}
+    tensors: dict[str, tuple[tuple[int, ...], float, float]] = {}
+    tensors["model.embed_tokens.weight"] = ((s.vocab, s.hidden), 1.0, 0.0)
     for n in range(s.layers):
         p = f"model.layers.{n}."
         tensors |= {
