@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of lower rows, and of its own package. Every module has a row.
 LAYERS = [
     ["_version", "errors", "metal"],
-    ["config", "weight_files"],
-    ["vocabulary", "checkpoint", "rope", "reference"],
+    ["config", "weight_files", "transfer"],
+    ["vocabulary", "checkpoint", "rope", "reference", "hub_cache"],
     ["convert", "kernels", "cache"],
     ["attention", "moe"],
     ["model"],
