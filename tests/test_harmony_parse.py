@@ -1,0 +1,73 @@
+"""Parsing: what a stream means, event by event."""
+
+from mlx_gptoss.harmony import (
+    Channel,
+    Event,
+    FinishReason,
+    HarmonyParser,
+    Message,
+    MessageDone,
+    ReasoningDelta,
+    Role,
+    TextDelta,
+    ToolCallDelta,
+    ToolCallDone,
+    ToolCallStarted,
+    TurnDone,
+)
+from mlx_gptoss.vocabulary import load_vocabulary
+
+TOOLS = {"functions.get_weather": "get-weather", "python": "python"}
+
+
+def tokens_of(text: str) -> list[int]:
+    """The ids of a stream written out, control tokens included."""
+    return load_vocabulary().encoding.encode(text, allowed_special="all")
+
+
+def events_of(text: str, tools: dict[str, str] = TOOLS) -> list[Event]:
+    parser = HarmonyParser(tools)
+    events = [event for token in tokens_of(text) for event in parser.feed(token)]
+    return events + parser.finish()
+
+
+def joined(events: list[Event], kind: type) -> str:
+    return "".join(event.text for event in events if isinstance(event, kind))
+
+
+def test_reasoning_and_answer_are_told_apart() -> None:
+    events = events_of(
+        "<|channel|>analysis<|message|>Easy: 4.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>It is **4** 👍🏽.<|return|>"
+    )
+    assert joined(events, ReasoningDelta) == "Easy: 4."
+    assert joined(events, TextDelta) == "It is **4** 👍🏽."
+    assert [event.message for event in events if isinstance(event, MessageDone)] == [
+        Message(Role.ASSISTANT, "Easy: 4.", channel=Channel.ANALYSIS),
+        Message(Role.ASSISTANT, "It is **4** 👍🏽.", channel=Channel.FINAL),
+    ]
+    assert events[-1] == TurnDone(FinishReason.STOP)
+
+
+def test_a_call_is_started_told_and_done() -> None:
+    events = events_of(
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+        '{"city":"Tokyo"}<|call|>'
+    )
+    assert events[0] == ToolCallStarted("get-weather")
+    assert joined(events, ToolCallDelta) == '{"city":"Tokyo"}'
+    assert events[-3] == ToolCallDone("get-weather", "functions.get_weather", '{"city":"Tokyo"}')
+    assert events[-1] == TurnDone(FinishReason.TOOL_CALLS)
+
+
+def test_an_unfinished_answer_is_told_and_has_no_end() -> None:
+    events = events_of("<|channel|>final<|message|>One, two")
+    assert joined(events, TextDelta) == "One, two"
+    assert events[-1] == TurnDone(FinishReason.LENGTH)
+
+
+def test_messages_keep_the_tokens_they_were_sampled_as() -> None:
+    stream = "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>final<|message|>B"
+    messages = [e.message for e in events_of(stream + "<|return|>") if isinstance(e, MessageDone)]
+    sampled = [token for message in messages for token in message.sampled or ()]
+    assert sampled == tokens_of("<|start|>assistant" + stream + "<|return|>")
