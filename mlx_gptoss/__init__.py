@@ -12,15 +12,26 @@ from mlx_gptoss._version import __version__
 if TYPE_CHECKING:
     from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
     from mlx_gptoss.errors import GptOssError
+    from mlx_gptoss.model import Model, load_model
 
 _HOME = {
     "GPT_OSS_20B": "config",
     "GPT_OSS_120B": "config",
     "GptOssError": "errors",
+    "Model": "model",
     "ModelConfig": "config",
+    "load_model": "model",
 }
 
-__all__ = ["GPT_OSS_20B", "GPT_OSS_120B", "GptOssError", "ModelConfig", "__version__"]
+__all__ = [
+    "GPT_OSS_20B",
+    "GPT_OSS_120B",
+    "GptOssError",
+    "Model",
+    "ModelConfig",
+    "__version__",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:

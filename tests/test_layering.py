@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["_version", "errors", "metal"],
     ["config", "weight_files", "transfer"],
-    ["vocabulary", "checkpoint", "rope", "reference", "hub_cache"],
+    ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache"],
+    ["reference"],
     ["convert", "kernels", "cache"],
     ["attention", "moe"],
     ["model"],

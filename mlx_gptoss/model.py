@@ -1,0 +1,299 @@
+"""The model: embedding, layers, final norm, unembedding, over weights in mlx-lm's names.
+
+`Model` turns token ids into logits and knows nothing of text. The forward pass ends in two steps,
+`hidden` and `unembed`, because a prompt needs the logits of its last token alone: `next_logits`
+does that, and runs the last layer's experts for that token alone too.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+
+from mlx_gptoss import reference
+from mlx_gptoss.attention import AttentionWeights, attention_block
+from mlx_gptoss.cache import FullCache, ModelCache, WindowCache
+from mlx_gptoss.checkpoint import Quantization, open_checkpoint
+from mlx_gptoss.config import FULL, ModelConfig
+from mlx_gptoss.errors import CacheError, KernelError
+from mlx_gptoss.matrix import Matrix, embed
+from mlx_gptoss.moe import MoeWeights, moe_block
+from mlx_gptoss.rope import RopeTable, softmax_scale
+
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
+KERNELS = ("auto", "on", "off")
+
+
+class Model:
+    """A gpt-oss model in memory.
+
+    Args:
+        config: its sizes.
+        weights: arrays under the names of `checkpoint.expected_tensors`; kept as they are, except
+            that "float32" widens the dense ones.
+        quantization: how each packed module is packed; a module that is absent is dense.
+        dtype: "bfloat16", or "float32" for exact comparison, of activations, keys and values.
+
+    Raises:
+        ValueError: no such dtype.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, mx.array],
+        *,
+        quantization: Mapping[str, Quantization],
+        dtype: str = "bfloat16",
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.config = config
+        self.dtype = DTYPES[dtype]
+        reader = _WeightReader(weights, quantization, self.dtype)
+        self.embedding = reader.matrix("model.embed_tokens")
+        self.layers = [reader.layer(n) for n in range(config.num_hidden_layers)]
+        self.norm = reader.array("model.norm.weight")
+        self.unembedding = reader.matrix("lm_head")
+        self.arrays = reader.arrays  # every weight, for mx.eval and for counting bytes
+        self._rope = RopeTable.of(config)
+        self._scale = softmax_scale(config)
+
+    def make_cache(
+        self, batch_size: int = 1, *, left_padding: Sequence[int] | None = None
+    ) -> ModelCache:
+        """An empty cache for this model.
+
+        Args:
+            batch_size: rows, B.
+            left_padding: for each row, how many padding tokens precede its prompt; none if None.
+
+        Returns:
+            The cache, to be passed with every chunk and every decoded token of these rows.
+
+        Raises:
+            ValueError: `left_padding` does not have one number >= 0 for each row.
+        """
+        padding = [0] * batch_size if left_padding is None else list(left_padding)
+        if batch_size < 1 or len(padding) != batch_size or min(padding) < 0:
+            raise ValueError(
+                f"left_padding: expected {batch_size} numbers from 0, one for each row, "
+                f"got {left_padding!r}"
+            )
+        c = self.config
+
+        def layer(kind: str) -> WindowCache | FullCache:
+            if kind == FULL:
+                return FullCache((batch_size, c.num_key_value_heads, c.head_dim), self.dtype)
+            shape = (batch_size, c.num_key_value_heads, c.sliding_window, c.head_dim)
+            return WindowCache(shape, self.dtype)
+
+        return ModelCache([layer(kind) for kind in c.layer_types], padding)
+
+    def __call__(self, tokens: mx.array, cache: ModelCache | None = None) -> mx.array:
+        """Logits of every position.
+
+        Args:
+            tokens: (B, T) integers, each below the vocabulary's size.
+            cache: of the positions before, which it extends; None for a text from its beginning.
+
+        Returns:
+            (B, T, V) float32.
+
+        Raises:
+            ValueError: `tokens` has another shape or type, or prompt tokens out of range.
+            CacheError: the cache is for another batch, or the context is full.
+        """
+        return self.unembed(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: mx.array, cache: ModelCache | None = None) -> mx.array:
+        """Hidden states after the final norm, for `unembed`.
+
+        To feed a chunk of a prompt whose logits nobody needs, call this, drop the result, and
+        evaluate `cache.arrays`: the last layer's experts are then never run.
+
+        Args:
+            tokens: see `__call__`.
+            cache: see `__call__`.
+
+        Returns:
+            (B, T, D) of the model's type.
+
+        Raises:
+            ValueError: see `__call__`.
+            CacheError: see `__call__`.
+        """
+        return self._forward(tokens, cache, slice(None))
+
+    def next_logits(self, tokens: mx.array, cache: ModelCache | None = None) -> mx.array:
+        """Logits after the last position alone, for the price of one unembedded row.
+
+        Args:
+            tokens: see `__call__`.
+            cache: see `__call__`.
+
+        Returns:
+            (B, V) float32.
+
+        Raises:
+            ValueError: see `__call__`.
+            CacheError: see `__call__`.
+        """
+        return self.unembed(self._forward(tokens, cache, slice(-1, None)))[:, 0]
+
+    def unembed(self, h: mx.array) -> mx.array:
+        """Logits of hidden states, (B, T, D) -> (B, T, V) float32."""
+        return reference.final_logits(h, self.unembedding)
+
+    def _forward(self, tokens: mx.array, cache: ModelCache | None, wanted: slice) -> mx.array:
+        cache = self._checked(tokens, cache)
+        x = embed(tokens, self.embedding, self.dtype)
+        positions = cache.offset + mx.arange(tokens.shape[1])[None]
+        if cache.start is not None:
+            positions = mx.maximum(positions - cache.start[:, None], 0)
+        angles = self._rope.at(positions)
+        c, last = self.config, len(self.layers) - 1
+        for n, ((attention, moe), store) in enumerate(zip(self.layers, cache, strict=True)):
+            x = attention_block(
+                x,
+                attention,
+                store,
+                angles,
+                start=cache.start,
+                head_dim=c.head_dim,
+                eps=c.rms_norm_eps,
+                scale=self._scale,
+            )
+            if n == last:
+                x = x[:, wanted]
+            x = moe_block(
+                x,
+                moe,
+                chosen=c.num_experts_per_tok,
+                eps=c.rms_norm_eps,
+                limit=c.swiglu_limit,
+                alpha=c.swiglu_alpha,
+            )
+        return reference.rms_norm(x, self.norm, eps=c.rms_norm_eps).astype(self.dtype)
+
+    def _checked(self, tokens: mx.array, cache: ModelCache | None) -> ModelCache:
+        """The cache to use; a caller's mistakes are found here, before anything is changed."""
+        c = self.config
+        if tokens.ndim != 2 or 0 in tokens.shape or not mx.issubdtype(tokens.dtype, mx.integer):
+            shape = tuple(tokens.shape)
+            raise ValueError(f"tokens: expected (B, T) integers, got {shape} {tokens.dtype}")
+        batch, count = tokens.shape
+        if count > 1:  # a prompt is on the host; a sampled token may still be on its way
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= c.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"tokens: expected ids from 0 to {c.vocab_size - 1}, got {wrong}")
+        cache = self.make_cache(batch) if cache is None else cache
+        if (cache.batch_size, len(cache)) != (batch, c.num_hidden_layers):
+            raise CacheError(
+                f"cache of {cache.batch_size} rows and {len(cache)} layers, but {batch} rows were "
+                f"given to a model of {c.num_hidden_layers} layers; make one with model.make_cache"
+            )
+        if cache.offset + count > c.max_position_embeddings:
+            raise CacheError(
+                f"the context holds {c.max_position_embeddings} positions: {cache.offset} are "
+                f"taken, {count} more do not fit"
+            )
+        return cache
+
+
+class _WeightReader:
+    """Builds the blocks' weights out of a flat dictionary of arrays."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, mx.array],
+        quantization: Mapping[str, Quantization],
+        dtype: mx.Dtype,
+    ):
+        self._weights, self._quantization, self._dtype = weights, quantization, dtype
+        self.arrays: list[mx.array] = []
+
+    def array(self, name: str) -> mx.array:
+        array = self._weights[name]
+        if self._dtype == mx.float32 and array.dtype == mx.bfloat16:
+            array = array.astype(mx.float32)
+        self.arrays.append(array)
+        return array
+
+    def matrix(self, module: str) -> Matrix:
+        weight = self.array(f"{module}.weight")
+        has_bias = f"{module}.bias" in self._weights
+        bias = self.array(f"{module}.bias") if has_bias else None
+        packing = self._quantization.get(module)
+        if packing is None:
+            return Matrix(weight=weight, bias=bias)
+        return Matrix(
+            weight=weight,
+            bias=bias,
+            scales=self.array(f"{module}.scales"),
+            offsets=self.array(f"{module}.biases") if packing.mode == "affine" else None,
+            group_size=packing.group_size,
+            bits=packing.bits,
+            mode=packing.mode,
+        )
+
+    def layer(self, n: int) -> tuple[AttentionWeights, MoeWeights]:
+        layer = f"model.layers.{n}"
+        attention = AttentionWeights(
+            norm=self.array(f"{layer}.input_layernorm.weight"),
+            q=self.matrix(f"{layer}.self_attn.q_proj"),
+            k=self.matrix(f"{layer}.self_attn.k_proj"),
+            v=self.matrix(f"{layer}.self_attn.v_proj"),
+            out=self.matrix(f"{layer}.self_attn.o_proj"),
+            sinks=self.array(f"{layer}.self_attn.sinks"),
+        )
+        moe = MoeWeights(
+            norm=self.array(f"{layer}.post_attention_layernorm.weight"),
+            router=self.matrix(f"{layer}.mlp.router"),
+            gate=self.matrix(f"{layer}.mlp.experts.gate_proj"),
+            up=self.matrix(f"{layer}.mlp.experts.up_proj"),
+            down=self.matrix(f"{layer}.mlp.experts.down_proj"),
+        )
+        return attention, moe
+
+
+def load_model(
+    path: str | Path,
+    *,
+    kernels: Literal["auto", "on", "off"] = "auto",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> Model:
+    """Load a converted model folder, ours or mlx-lm's, into memory.
+
+    Args:
+        path: the folder.
+        kernels: "auto" uses our Metal kernels where they can be; "off" never; "on" insists.
+        dtype: of activations, keys and values; "float32" also widens dense weights, for exact
+            comparison.
+
+    Returns:
+        The model, its weights evaluated.
+
+    Raises:
+        ConfigError: config.json is not a gpt-oss model's.
+        CheckpointError: the folder is not a converted checkpoint, or is damaged.
+        KernelError: kernels are insisted on and there are none.
+        ValueError: no such option.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels: expected one of {', '.join(KERNELS)}, got {kernels!r}")
+    if kernels == "on":
+        raise KernelError(
+            'kernels="on": this version has no Metal kernels yet; use "auto" or "off"'
+        )
+    checkpoint = open_checkpoint(Path(path))
+    model = Model(
+        checkpoint.config,
+        checkpoint.load(),
+        quantization=checkpoint.quantization,
+        dtype=dtype,
+    )
+    mx.eval(model.arrays)
+    return model
