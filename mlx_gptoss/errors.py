@@ -10,6 +10,7 @@
     ├── VocabularyError    the vocabulary is damaged or another model's
     ├── HarmonyError       a conversation that cannot be rendered
     ├── CacheError         a K,V cache was asked for what it no longer holds
+    ├── ContextLengthError a prompt fills the whole context
     ├── KernelError        a Metal kernel was called with what it cannot take
     └── EmulatorError      the Metal emulator found a fault, or cannot run
 
@@ -56,6 +57,10 @@ class HarmonyError(GptOssError):
 
 class CacheError(GptOssError):
     """A K,V cache was asked for positions that it no longer or not yet holds."""
+
+
+class ContextLengthError(GptOssError):
+    """A prompt is longer than the context of the model."""
 
 
 class KernelError(GptOssError):

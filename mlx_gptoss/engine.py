@@ -1,0 +1,271 @@
+"""The decode loop: token ids in, sampled token ids out, one step ahead of the host.
+
+While the host looks at a token, the device already computes the next one from it: at most two steps
+are in flight. A step computed in vain, because its input was the last token, is dropped by putting
+the cache back. The engine knows nothing of text or harmony, and belongs to one thread.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
+
+if TYPE_CHECKING:
+    from mlx_gptoss.cache import ModelCache
+    from mlx_gptoss.model import Model
+
+PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt and the wait for a cancellation
+
+
+class Finish(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    """A stop token was sampled; it is the last token emitted."""
+    LENGTH = "length"
+    """`max_tokens` or the end of the context was reached."""
+    CANCELLED = "cancelled"
+    """The caller closed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationStats:
+    """What a generation cost.
+
+    Attributes:
+        prompt_tokens: Of the whole prompt.
+        cached_tokens: Of it, already in the cache.
+        completion_tokens: Emitted so far, a stop token included.
+        ttft_s: From the call of `generate` to the first token; None before it.
+        prefill_tok_per_s: Prompt tokens fed, over `ttft_s`; None before the first token.
+        decode_tok_per_s: Tokens after the first, over their time; None before the second.
+        peak_memory_bytes: MLX's highest allocation in this process so far, weights included.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ttft_s: float | None
+    prefill_tok_per_s: float | None
+    decode_tok_per_s: float | None
+    peak_memory_bytes: int
+
+
+class Engine:
+    """Generates from one model, one sequence at a time.
+
+    Args:
+        model: The model.
+        allowed: (V,) bool, the ids that may be sampled; None allows all.
+        prefill_chunk: Most prompt tokens fed at once, >= 1.
+
+    Raises:
+        ValueError: `allowed` is not of the model's vocabulary, or allows nothing.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        *,
+        allowed: npt.NDArray[np.bool_] | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        size = model.config.vocab_size
+        allowed = np.ones(size, dtype=np.bool_) if allowed is None else np.asarray(allowed)
+        if allowed.shape != (size,) or not allowed.any():
+            raise ValueError(
+                f"allowed: expected {size} flags, one for each id and one at least true, "
+                f"got {allowed.sum()} true of shape {allowed.shape}"
+            )
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk: expected a whole number >= 1, got {prefill_chunk}")
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self.allowed = mx.array(allowed)
+        # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
+        # here until later work has been waited for, so that its buffers are not given away.
+        self.dropped: mx.array | None = None
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        stop: Collection[int] = (),
+        max_tokens: int | None = None,
+        cache: "ModelCache | None" = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> "Generation":
+        """Start a generation; the work happens as its tokens are asked for.
+
+        Args:
+            prompt: Token ids of the whole prompt.
+            sampling: How to choose tokens; default: temperature 1, nothing filtered.
+            stop: Ids that end the generation; the one sampled is emitted too.
+            max_tokens: Most tokens to emit, >= 1; None: as many as the context holds.
+            cache: Holds the first `cache.offset` tokens of the prompt, which are not fed again;
+                None starts an empty one. See `Generation.cache` for what it holds afterwards.
+            on_prefill: Called after each chunk with the tokens fed and to feed; what it raises ends
+                the generation.
+
+        Raises:
+            ValueError: Empty prompt, an id outside the vocabulary, `max_tokens` below 1, or a cache
+                that already holds the whole prompt.
+            ContextLengthError: The prompt leaves no room for an answer.
+        """
+        size, context = self.model.config.vocab_size, self.model.config.max_position_embeddings
+        cache = self.model.make_cache() if cache is None else cache
+        wrong = [token for token in prompt if not 0 <= token < size]
+        if not prompt or wrong:
+            got = f"{wrong[0]}" if wrong else "none"
+            raise ValueError(f"prompt: expected token ids from 0 to {size - 1}, got {got}")
+        if cache.offset >= len(prompt):
+            raise ValueError(
+                f"cache: expected to hold less than the prompt's {len(prompt)} tokens, got "
+                f"{cache.offset}; the last token must be fed to know what follows it"
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a whole number >= 1 or None, got {max_tokens}")
+        if len(prompt) >= context:
+            raise ContextLengthError(
+                f"prompt: expected fewer than {context} tokens, the context of this model, got "
+                f"{len(prompt)}; shorten it"
+            )
+        room = context - len(prompt)
+        return Generation(
+            self,
+            list(prompt),
+            sampling=(sampling or SamplingParams()).seeded(),
+            stop=frozenset(stop),
+            limit=room if max_tokens is None else min(room, max_tokens),
+            cache=cache,
+            on_prefill=on_prefill,
+        )
+
+
+class Generation(Iterator[int]):
+    """The tokens of one generation, computed as they are taken; made by `Engine.generate`.
+
+    Closing it, or leaving its `with` block, cancels what is not done yet.
+
+    Attributes:
+        sampling: The parameters, with the seed that was drawn if none was given.
+        finish: Why it ended; None while it runs.
+        cache: After the end, the prompt and every emitted token but the last, which was never
+            needed as an input. Unusable after an error.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        *,
+        sampling: SamplingParams,
+        stop: frozenset[int],
+        limit: int,
+        cache: "ModelCache",
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> None:
+        self.sampling = sampling
+        self.cache = cache
+        self.finish: Finish | None = None
+        self._engine, self._prompt, self._stop, self._limit = engine, prompt, stop, limit
+        self._on_prefill = on_prefill or (lambda done, total: None)
+        self._rows = SamplingRows.pack([sampling])
+        self._cached = cache.offset
+        self._emitted = 0
+        self._began = time.perf_counter()
+        self._first_at = self._last_at = self._began
+        self._tokens = self._run()
+
+    def __next__(self) -> int:
+        return next(self._tokens)
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is not done yet; does nothing after the end."""
+        self._tokens.close()
+        self.finish = self.finish or Finish.CANCELLED
+
+    @property
+    def stats(self) -> GenerationStats:
+        """What it cost so far."""
+        began, first, n = self._began, self._first_at, self._emitted
+        fed = len(self._prompt) - self._cached
+        return GenerationStats(
+            prompt_tokens=len(self._prompt),
+            cached_tokens=self._cached,
+            completion_tokens=n,
+            ttft_s=first - began if n else None,
+            prefill_tok_per_s=fed / (first - began) if n else None,
+            decode_tok_per_s=(n - 1) / (self._last_at - first) if n > 1 else None,
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+
+    def _run(self) -> Iterator[int]:
+        """Feed the prompt, then stay one step ahead until a reason to stop."""
+        token, kept = self._choose(self._prefill()), self.cache.snapshot()
+        ahead: mx.array | None = None
+        try:
+            while True:
+                self._emitted += 1
+                full = self._emitted == self._limit
+                if not full:  # launched before the host waits for `token`
+                    ahead = self._step(token)
+                chosen = int(token.item())
+                self._note_time()
+                if chosen in self._stop:
+                    self.finish = Finish.STOP
+                elif full:
+                    self.finish = Finish.LENGTH
+                yield chosen
+                if self.finish or ahead is None:
+                    return
+                token, ahead, kept = ahead, None, self.cache.snapshot()
+        finally:
+            self._engine.dropped = ahead
+            self.cache.restore(kept)
+
+    def _prefill(self) -> mx.array:
+        """Feed the prompt in chunks; (1, V) logits after its last token."""
+        model, fed = self._engine.model, self._cached
+        left = self._prompt[fed:]
+        total, chunk = len(left), self._engine.prefill_chunk
+        while len(left) > chunk:
+            model.hidden(mx.array([left[:chunk]], dtype=mx.int32), self.cache)
+            mx.eval(self.cache.arrays)  # the chunk's own logits are never computed
+            left = left[chunk:]
+            self._on_prefill(total - len(left), total)
+        logits = model.next_logits(mx.array([left], dtype=mx.int32), self.cache)
+        mx.eval(logits, self.cache.arrays)
+        self._on_prefill(total, total)
+        return logits
+
+    def _step(self, token: mx.array) -> mx.array:
+        """Launch the step that follows `token`, (1,) int32, which may still be on its way."""
+        return self._choose(self._engine.model.next_logits(token[:, None], self.cache))
+
+    def _choose(self, logits: mx.array) -> mx.array:
+        """Sample the token at the cache's end and start computing it; (1,) int32."""
+        position = mx.array([self.cache.offset], dtype=mx.int32)
+        token = sample(logits, position, rows=self._rows, allowed=self._engine.allowed)
+        mx.async_eval(token, self.cache.arrays)
+        return token
+
+    def _note_time(self) -> None:
+        self._last_at = time.perf_counter()
+        if self._emitted == 1:
+            self._first_at = self._last_at

@@ -1,0 +1,266 @@
+"""The decode loop, on a stand-in whose next token depends on every token fed, in order."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gptoss.engine import Engine, Finish
+from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.sampling import SamplingParams
+
+V, CONTEXT = 53, 400
+GREEDY = SamplingParams(temperature=0)
+PROMPT = [7, 1, 30, 2, 2, 51, 9, 44, 0, 13]
+
+
+class HashCache:
+    """Holds a running hash of the tokens fed: feeding one twice, or none, changes what follows."""
+
+    def __init__(self) -> None:
+        self.offset, self.state = 0, mx.array([1], dtype=mx.int32)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.state]
+
+    def snapshot(self) -> tuple[int, mx.array]:
+        return self.offset, self.state
+
+    def restore(self, snapshot: tuple[int, mx.array]) -> None:
+        self.offset, self.state = snapshot
+
+
+class HashModel:
+    """The engine's view of a model; counts what it was fed and how far ahead of the host."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab_size=V, max_position_embeddings=CONTEXT)
+        self.fed: list[int] = []  # tokens per call
+
+    def make_cache(self) -> HashCache:
+        return HashCache()
+
+    def hidden(self, tokens: mx.array, cache: HashCache) -> None:
+        self.fed.append(tokens.shape[1])
+        for i in range(tokens.shape[1]):
+            cache.state = (cache.state * 31 + tokens[:, i] + 1) % 9973
+        cache.offset += tokens.shape[1]
+
+    def next_logits(self, tokens: mx.array, cache: HashCache) -> mx.array:
+        self.hidden(tokens, cache)
+        distance = mx.abs(mx.arange(V)[None] - (cache.state % V)[:, None])
+        return -0.4 * distance.astype(mx.float32)
+
+
+def hash_of(tokens: Iterable[int]) -> int:
+    state = 1
+    for token in tokens:
+        state = (state * 31 + token + 1) % 9973
+    return state
+
+
+def greedy(prompt: Sequence[int], count: int) -> list[int]:
+    """What must come out, computed without an engine."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(hash_of(tokens) % V)
+    return tokens[len(prompt) :]
+
+
+def engine(model: HashModel | None = None, **options: Any) -> Engine:
+    return Engine(model or HashModel(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 9, 10, 11, 512])
+def test_tokens_are_those_of_the_definition_however_the_prompt_is_cut(chunk: int) -> None:
+    model = HashModel()
+    seen: list[tuple[int, int]] = []
+    generation = engine(model, prefill_chunk=chunk).generate(
+        PROMPT, sampling=GREEDY, max_tokens=40, on_prefill=lambda *at: seen.append(at)
+    )
+    assert list(generation) == greedy(PROMPT, 40)
+    assert generation.finish is Finish.LENGTH
+    prefills = math.ceil(len(PROMPT) / chunk)
+    assert model.fed == [min(chunk, len(PROMPT) - i * chunk) for i in range(prefills)] + [1] * 39
+    assert seen == [(min((i + 1) * chunk, 10), 10) for i in range(prefills)]
+
+
+def test_the_device_is_one_step_ahead_and_never_two() -> None:
+    """When the host gets token n, the step that computes token n + 1 has been launched."""
+    model = HashModel()
+    generation = engine(model).generate(PROMPT, sampling=GREEDY, max_tokens=5)
+    launched = []
+    for _ in generation:
+        launched.append(len(model.fed))
+    assert launched == [2, 3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_a_stop_token_is_the_last_and_the_step_in_flight_is_dropped(chunk: int) -> None:
+    expected = greedy(PROMPT, 30)
+    stop = next(token for i, token in enumerate(expected) if i > 5 and token not in expected[:i])
+    end = expected.index(stop) + 1
+    generation = engine(prefill_chunk=chunk).generate(PROMPT, sampling=GREEDY, stop=[stop, 1000])
+    assert list(generation) == expected[:end]
+    assert generation.finish is Finish.STOP
+    assert_cache_holds(generation.cache, PROMPT + expected[: end - 1])
+
+
+def assert_cache_holds(cache: Any, tokens: list[int]) -> None:
+    assert (cache.offset, cache.state.item()) == (len(tokens), hash_of(tokens))
+
+
+def test_a_first_token_that_stops_leaves_the_prompt_in_the_cache() -> None:
+    [first] = greedy(PROMPT, 1)
+    generation = engine().generate(PROMPT, sampling=GREEDY, stop=[first])
+    assert list(generation) == [first]
+    assert_cache_holds(generation.cache, PROMPT)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_max_tokens_launches_no_step_in_vain(count: int) -> None:
+    model = HashModel()
+    generation = engine(model).generate(PROMPT, sampling=GREEDY, max_tokens=count)
+    assert list(generation) == greedy(PROMPT, count)
+    assert generation.finish is Finish.LENGTH
+    assert model.fed == [10] + [1] * (count - 1)
+    assert_cache_holds(generation.cache, PROMPT + greedy(PROMPT, count - 1))
+
+
+def test_closing_cancels_and_the_cache_can_go_on() -> None:
+    model = HashModel()
+    e = engine(model)
+    with e.generate(PROMPT, sampling=GREEDY) as generation:
+        first = [next(generation) for _ in range(4)]
+    assert first == greedy(PROMPT, 4)
+    assert generation.finish is Finish.CANCELLED
+    assert list(generation) == []
+    assert_cache_holds(generation.cache, PROMPT + first[:3])
+    again = e.generate(PROMPT + first, sampling=GREEDY, max_tokens=6, cache=generation.cache)
+    assert list(again) == greedy(PROMPT, 10)[4:]
+    assert again.stats.cached_tokens == 13
+    assert again.stats.prompt_tokens == 14
+
+
+def test_closing_before_the_first_token_feeds_nothing() -> None:
+    model = HashModel()
+    generation = engine(model).generate(PROMPT)
+    generation.close()
+    assert model.fed == [] and generation.finish is Finish.CANCELLED
+    assert list(generation) == []
+
+
+def test_a_prompt_can_be_given_up_between_chunks() -> None:
+    model = HashModel()
+
+    def give_up(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    generation = engine(model, prefill_chunk=2).generate(PROMPT, on_prefill=give_up)
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    assert model.fed == [2, 2]
+
+
+def test_the_end_of_the_context_ends_the_generation() -> None:
+    prompt = [3] * (CONTEXT - 2)
+    generation = engine().generate(prompt, sampling=GREEDY, max_tokens=50)
+    assert len(list(generation)) == 2
+    assert generation.finish is Finish.LENGTH
+
+
+@pytest.mark.parametrize("size", [CONTEXT, CONTEXT + 5])
+def test_a_prompt_without_room_for_an_answer(size: int) -> None:
+    with pytest.raises(
+        ContextLengthError, match=f"expected fewer than {CONTEXT} tokens.* got {size}; shorten it"
+    ):
+        engine().generate([3] * size)
+
+
+def test_a_seed_gives_the_same_tokens_again_and_another_gives_others() -> None:
+    def tokens(seed: int | None) -> list[int]:
+        generation = engine().generate(PROMPT, sampling=SamplingParams(seed=seed), max_tokens=60)
+        drawn = list(generation)
+        assert generation.sampling.seed is not None
+        return drawn
+
+    assert tokens(11) == tokens(11) != tokens(12)
+    assert tokens(None) != tokens(None), "without a seed each generation draws its own"
+
+
+def test_noise_goes_by_position_so_a_cached_prefix_changes_nothing() -> None:
+    """The same request gives the same tokens whether its prompt was cached or not."""
+    sampling = SamplingParams(seed=5)
+    whole = list(engine().generate(PROMPT, sampling=sampling, max_tokens=30))
+    cache = HashCache()
+    HashModel().hidden(mx.array([PROMPT[:6]]), cache)
+    rest = engine().generate(PROMPT, sampling=sampling, max_tokens=30, cache=cache)  # type: ignore[arg-type]
+    assert list(rest) == whole
+    later = PROMPT + whole[:12]
+    assert list(engine().generate(later, sampling=sampling, max_tokens=18)) == whole[12:]
+
+
+def test_ids_that_are_not_allowed_are_never_emitted() -> None:
+    allowed = np.ones(V, dtype=np.bool_)
+    allowed[::2] = False
+    for sampling in (GREEDY, SamplingParams(seed=3)):
+        tokens = engine(allowed=allowed).generate(PROMPT, sampling=sampling, max_tokens=100)
+        assert all(token % 2 for token in tokens)
+
+
+def test_statistics_count_what_happened() -> None:
+    generation = engine().generate(PROMPT, sampling=GREEDY, max_tokens=3)
+    before = generation.stats
+    assert (before.ttft_s, before.prefill_tok_per_s, before.decode_tok_per_s) == (None,) * 3
+    next(generation)
+    assert generation.stats.ttft_s is not None and generation.stats.decode_tok_per_s is None
+    list(generation)
+    stats = generation.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.completion_tokens) == (10, 0, 3)
+    assert stats.ttft_s is not None and stats.prefill_tok_per_s is not None
+    assert stats.ttft_s * stats.prefill_tok_per_s == pytest.approx(10)
+    assert stats.decode_tok_per_s is not None and stats.decode_tok_per_s > 0
+    assert stats.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ([], {}, f"prompt: expected token ids from 0 to {V - 1}, got none"),
+        ([3, V], {}, f"prompt: expected token ids from 0 to {V - 1}, got {V}"),
+        ([-1], {}, "got -1"),
+        ([3], {"max_tokens": 0}, "max_tokens: expected a whole number >= 1 or None, got 0"),
+    ],
+)
+def test_a_request_that_makes_no_sense(prompt: list[int], options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        engine().generate(prompt, **options)
+
+
+def test_a_cache_that_holds_the_whole_prompt_is_refused() -> None:
+    cache = HashCache()
+    HashModel().hidden(mx.array([PROMPT]), cache)
+    with pytest.raises(
+        ValueError, match="cache: expected to hold less than the prompt's 10 tokens"
+    ):
+        engine().generate(PROMPT, cache=cache)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"allowed": np.zeros(V, dtype=np.bool_)}, r"expected 53 flags.* got 0 true of shape"),
+        ({"allowed": np.ones(V + 1, dtype=np.bool_)}, r"got 54 true of shape \(54,\)"),
+        ({"prefill_chunk": 0}, "prefill_chunk: expected a whole number >= 1, got 0"),
+    ],
+)
+def test_an_engine_that_makes_no_sense(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        engine(**options)
