@@ -6,21 +6,18 @@ the cache back. The engine knows nothing of text or harmony, and belongs to one 
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_gptoss.cache import ModelCache
 from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
-
-if TYPE_CHECKING:
-    from mlx_gptoss.cache import ModelCache
-    from mlx_gptoss.model import Model
 
 PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt and the wait for a cancellation
 
@@ -73,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        model: "Model",
+        model: Model,
         *,
         allowed: npt.NDArray[np.bool_] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
@@ -89,7 +86,7 @@ class Engine:
             raise ValueError(f"prefill_chunk: expected a whole number >= 1, got {prefill_chunk}")
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self.allowed = mx.array(allowed)
+        self.allowed = mx.array(allowed.tolist())
         # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
         # here until later work has been waited for, so that its buffers are not given away.
         self.dropped: mx.array | None = None
@@ -101,7 +98,7 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop: Collection[int] = (),
         max_tokens: int | None = None,
-        cache: "ModelCache | None" = None,
+        cache: ModelCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> "Generation":
         """Start a generation; the work happens as its tokens are asked for.
@@ -171,7 +168,7 @@ class Generation(Iterator[int]):
         sampling: SamplingParams,
         stop: frozenset[int],
         limit: int,
-        cache: "ModelCache",
+        cache: ModelCache,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
         self.sampling = sampling
@@ -215,7 +212,7 @@ class Generation(Iterator[int]):
             peak_memory_bytes=mx.get_peak_memory(),
         )
 
-    def _run(self) -> Iterator[int]:
+    def _run(self) -> Generator[int, None, None]:
         """Feed the prompt, then stay one step ahead until a reason to stop."""
         token, kept = self._choose(self._prefill()), self.cache.snapshot()
         ahead: mx.array | None = None
@@ -225,7 +222,7 @@ class Generation(Iterator[int]):
                 full = self._emitted == self._limit
                 if not full:  # launched before the host waits for `token`
                     ahead = self._step(token)
-                chosen = int(token.item())
+                chosen = int(token)
                 self._note_time()
                 if chosen in self._stop:
                     self.finish = Finish.STOP

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from weights import tiny_model
 
 from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.errors import ContextLengthError
@@ -207,6 +208,13 @@ def test_noise_goes_by_position_so_a_cached_prefix_changes_nothing() -> None:
     assert list(engine().generate(later, sampling=sampling, max_tokens=18)) == whole[12:]
 
 
+def test_noise_changes_from_position_to_position() -> None:
+    model = HashModel()
+    model.next_logits = lambda tokens, cache: (model.hidden(tokens, cache), mx.zeros((1, V)))[1]  # type: ignore[method-assign]
+    tokens = list(engine(model).generate(PROMPT, sampling=SamplingParams(seed=1), max_tokens=80))
+    assert len(set(tokens)) > 30, "equal logits at every position must not give equal tokens"
+
+
 def test_ids_that_are_not_allowed_are_never_emitted() -> None:
     allowed = np.ones(V, dtype=np.bool_)
     allowed[::2] = False
@@ -264,3 +272,26 @@ def test_a_cache_that_holds_the_whole_prompt_is_refused() -> None:
 def test_an_engine_that_makes_no_sense(options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         engine(**options)
+
+
+def test_a_real_model_is_decoded_past_its_window_as_by_one_forward_pass() -> None:
+    model = tiny_model()
+    prompt = list(range(5, 30))
+    tokens = list(Engine(model).generate(prompt, sampling=GREEDY, max_tokens=150))
+    logits = model(mx.array([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    assert mx.argmax(logits, axis=-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("taken", [20, 140])
+def test_a_real_model_goes_on_from_a_cancelled_turn(taken: int) -> None:
+    """The step in flight has overwritten a slot of the ring by then: it must come back."""
+    model = tiny_model()
+    prompt = list(range(5, 30))
+    whole = list(Engine(model).generate(prompt, sampling=GREEDY, max_tokens=taken + 20))
+    with Engine(model).generate(prompt, sampling=GREEDY) as generation:
+        first = [next(generation) for _ in range(taken)]
+    rest = Engine(model).generate(
+        prompt + first, sampling=GREEDY, max_tokens=20, cache=generation.cache
+    )
+    assert first + list(rest) == whole
+    assert rest.stats.cached_tokens == len(prompt) + taken - 1

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from hub_server import COMMIT, HubServer, git_sha1, sha256
 from huggingface_hub import constants
 
 from mlx_gptoss import hub, transfer
 from mlx_gptoss.errors import DownloadError
 from mlx_gptoss.hub import PUBLISHED, Download, download
 from mlx_gptoss.hub_cache import HubCache, find_snapshot
-from tests.hub_server import COMMIT, HubServer, git_sha1, sha256
 
 REPO = "someone/gpt-oss-tiny"
 SHARDS = {

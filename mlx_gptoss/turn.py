@@ -1,0 +1,152 @@
+"""One turn of the model: prompt tokens in, typed harmony events out, and a summary of it all.
+
+Ties the engine, which knows token ids, to the harmony parser, which knows what they mean.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_gptoss.engine import Engine, Generation, GenerationStats
+from mlx_gptoss.errors import VocabularyError
+from mlx_gptoss.harmony import (
+    STOP_TOKENS,
+    Channel,
+    Event,
+    FinishReason,
+    HarmonyParser,
+    MessageDone,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDone,
+    TurnDone,
+)
+from mlx_gptoss.model import Model
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.vocabulary import load_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a turn came to.
+
+    Attributes:
+        text: The answer.
+        reasoning: The model's analysis, not meant for users.
+        tool_calls: Complete calls, in order.
+        finish_reason: Why the turn ended.
+        reasoning_tokens: Tokens of the analysis, their framing included.
+        seed: Of the sampling noise: the same seed gives the same reply.
+        stats: Counts and times.
+    """
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCallDone, ...]
+    finish_reason: FinishReason
+    reasoning_tokens: int
+    seed: int
+    stats: GenerationStats
+
+
+class Turn:
+    """The model's next turn, written while its events are taken.
+
+    Args:
+        engine: An engine of a model with the gpt-oss vocabulary; see `harmony_engine`.
+        prompt: Tokens of `render_conversation_for_completion`.
+        sampling: How to choose tokens.
+        max_tokens: Most tokens to sample; None: as many as the context holds.
+        recipients: Tools that were offered; see `HarmonyParser`.
+        on_prefill: Called after each chunk of the prompt with the tokens fed and to feed.
+
+    Attributes:
+        tokens: What was sampled so far.
+        generation: The engine's side: statistics, seed, cache.
+
+    Raises:
+        ContextLengthError: The prompt leaves no room for an answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        recipients: Mapping[str, str] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.generation: Generation = engine.generate(
+            prompt,
+            sampling=sampling,
+            stop=STOP_TOKENS,
+            max_tokens=max_tokens,
+            on_prefill=on_prefill,
+        )
+        self._parser = HarmonyParser(recipients)
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[ToolCallDone] = []
+        self._reasoning_tokens = 0
+        self._finish_reason: FinishReason | None = None
+
+    def events(self) -> Iterator[Event]:
+        """Sample to the end of the turn; the last event is `TurnDone`.
+
+        Closing the iterator, or an interrupt, cancels the rest.
+        """
+        with self.generation:
+            for token in self.generation:
+                self.tokens.append(token)
+                yield from map(self._noted, self._parser.feed(token))
+        yield from map(self._noted, self._parser.finish())
+
+    def reply(self) -> Reply:
+        """Sample what is left and sum the turn up."""
+        if self._finish_reason is None:
+            for _ in self.events():
+                pass
+        assert self._finish_reason is not None
+        assert self.generation.sampling.seed is not None
+        return Reply(
+            text="".join(self._text),
+            reasoning="".join(self._reasoning),
+            tool_calls=tuple(self._calls),
+            finish_reason=self._finish_reason,
+            reasoning_tokens=self._reasoning_tokens,
+            seed=self.generation.sampling.seed,
+            stats=self.generation.stats,
+        )
+
+    def _noted(self, event: Event) -> Event:
+        match event:
+            case TextDelta(text):
+                self._text.append(text)
+            case ReasoningDelta(text):
+                self._reasoning.append(text)
+            case ToolCallDone():
+                self._calls.append(event)
+            case MessageDone(message, tokens) if message.channel == Channel.ANALYSIS:
+                self._reasoning_tokens += len(tokens)
+            case TurnDone(reason):
+                self._finish_reason = reason
+            case _:
+                pass
+        return event
+
+
+def harmony_engine(model: Model) -> Engine:
+    """An engine that never samples reserved or unused ids.
+
+    Raises:
+        VocabularyError: The model has not the rows of the gpt-oss vocabulary.
+    """
+    vocabulary = load_vocabulary()
+    if model.config.vocab_size != vocabulary.n_vocab:
+        raise VocabularyError(
+            f"vocab_size: expected {vocabulary.n_vocab}, the vocabulary of gpt-oss, got "
+            f"{model.config.vocab_size}; this model has no text to offer"
+        )
+    return Engine(model, allowed=vocabulary.sampleable)
