@@ -153,13 +153,21 @@ class Framer:
             return
         header = read_unfinished_header(self._header, role=self._role, report=report)
         if end == _START and not (header.text or header.recipient):
-            report(RepairKind.RESTARTED_HEADER, "")
+            report(RepairKind.RESTARTED_HEADER, self._header_text())
+            return
+        bare = self._role is not None and max(self._header) < N_TEXT
+        if end is None and header.channel is None and not bare:  # the cut went through a header
+            report(RepairKind.NO_MESSAGE, self._header_text())
             return
         report(RepairKind.NO_MESSAGE, "")
         self._sink.on_header(header)
         if header.text:
             self._sink.on_text(header.text)
         self._end_message(end)
+
+    def _header_text(self) -> str:
+        spelled = (self._spelled[token] for token in self._header if token < N_TEXT)
+        return b"".join(spelled).decode("utf-8", errors="replace").strip()
 
     def _end_message(self, end: int | None) -> None:
         self._state = _State.GAP

@@ -150,7 +150,7 @@ class _Turn:
         """Return the message that a header begins, without a recipient that was not offered."""
         foreign = header.role not in (None, Role.ASSISTANT)
         if foreign:
-            self.on_repair(RepairKind.FOREIGN_ROLE, header.role or "")
+            self.on_repair(RepairKind.FOREIGN_ROLE, f"{header.role} {header.name or ''}".strip())
         recipient, channel = header.recipient, header.channel
         if recipient is not None and (foreign or recipient not in self._recipients):
             self.on_repair(RepairKind.UNDECLARED_RECIPIENT, recipient)
@@ -166,6 +166,7 @@ class _Turn:
         return Message(
             Role.ASSISTANT,
             "",
+            name=None if foreign else header.name,
             channel=channel,
             recipient=recipient,
             content_type=header.content_type,

@@ -161,9 +161,10 @@ def _is_text(value: Any) -> TypeGuard[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """Split at newlines only, a last empty line dropped, as Rust's `str::lines` does."""
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    r"""Split as Rust's `str::lines` does: at \n and \r\n; nothing follows a last line end."""
+    *lines, last = text.split("\n")
+    lines = [line.removesuffix("\r") for line in lines]
+    return [*lines, last] if last else lines
 
 
 def compact_json(value: Any) -> str:
