@@ -8,6 +8,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # peers' libraries read it at import; nothing may leave this machine
 )
+# compiled kernels outlive a test's home: shared by all workers, and by the next run
+os.environ.setdefault("MSL_CACHE", str(Path(__file__).parent.parent / "build" / "emulator"))
 
 
 @pytest.fixture(autouse=True)

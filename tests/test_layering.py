@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import modules of lower rows, and of its own package. Every module has a row.
 LAYERS = [
-    ["_version", "errors", "metal"],
+    ["_version", "errors"],
+    ["metal"],
     ["config", "weight_files", "transfer"],
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache"],
     ["reference"],

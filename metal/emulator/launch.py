@@ -1,0 +1,244 @@
+"""Compiles a kernel and runs it over a grid."""
+
+import ctypes
+import functools
+import time
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from mlx_gptoss.errors import EmulatorError
+from mlx_gptoss.metal.emulator import runtime
+from mlx_gptoss.metal.emulator.buffer import Buffer
+from mlx_gptoss.metal.emulator.build import Mode, build_kernel
+from mlx_gptoss.metal.emulator.collect import collect
+from mlx_gptoss.metal.emulator.report import CHECKS, Finding, Report
+from mlx_gptoss.metal.emulator.signature import Parameter, entry_point, parameters_of
+from mlx_gptoss.metal.emulator.source import arena_variable, prepare, rewrite_threadgroup_variables
+
+Order = Literal["forward", "reverse"]
+Size = tuple[int, int, int]
+MAX_THREADS = 1024
+
+_CONSTANT_TYPES = {
+    "bool": ctypes.c_bool, "int": ctypes.c_int32, "uint": ctypes.c_uint32,
+    "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "float": ctypes.c_float,
+    "short": ctypes.c_int16, "ushort": ctypes.c_uint16,
+}  # fmt: skip
+
+
+class KernelFault(EmulatorError):
+    """A kernel did what Metal does not allow; `report.findings` has the details."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("\n".join(str(f) for f in report.findings))
+        self.report = report
+
+
+class Kernel:
+    """A kernel function compiled for the CPU.
+
+    Attributes:
+        name: Of the function, or of the instance.
+        parameters: Of the function, in order.
+    """
+
+    def __init__(self, source: str, function: str, *, mode: Mode = Mode.INSTRUMENTED) -> None:
+        """Compile a kernel.
+
+        Args:
+            source: Metal source, see `read_metal`.
+            function: Name of the function; the host name of an explicit instantiation; or an
+                instance of a template such as `"rms<float, 4>"`.
+            mode: Instrumented or plain.
+
+        Raises:
+            CompileError: The source does not compile.
+            EmulatorError: There is no such function, or no compiler.
+        """
+        prepared = prepare(source)
+        instance = prepared.instances.get(function, function)
+        self.name, self.mode = function, Mode(mode)
+        self.parameters = parameters_of(prepared, instance.split("<")[0].strip())
+        text = rewrite_threadgroup_variables(prepared.text, arena_variable)
+        program = text + entry_point(self.parameters, instance)
+        self.library = build_kernel(program, name=self.name, mode=self.mode)
+        runtime.library()
+        self._code = ctypes.CDLL(str(self.library))
+        self._constants = prepared.function_constants
+        described = (runtime.Parameter * len(self.parameters)).in_dll(self._code, "emu_parameters")
+        self._types = list(described)
+
+    @property
+    def buffers(self) -> list[Parameter]:
+        """The buffer parameters in the order of their index."""
+        return sorted((p for p in self.parameters if p.kind == "buffer"), key=lambda p: p.index)
+
+    def __call__(
+        self,
+        buffers: Mapping[str | int, Buffer],
+        *,
+        grid: Size,
+        threadgroup: Size,
+        order: Order = "forward",
+        threadgroups: int | None = None,
+        threadgroup_bytes: Mapping[int, int] | None = None,
+        constants: Mapping[str, bool | int | float] | None = None,
+        allow: Iterable[str] = (),
+    ) -> Report:
+        """Run the kernel; its stores go back into the buffers.
+
+        Args:
+            buffers: By parameter name or buffer index. A buffer may be left out if it is not used.
+            grid: Threads in each dimension.
+            threadgroup: Threads of a threadgroup in each dimension.
+            order: In which threads, simdgroups and threadgroups take their turns.
+            threadgroups: Run only so many, evenly spread over the grid; None runs all.
+            threadgroup_bytes: Sizes of the `[[threadgroup(n)]]` arguments by n.
+            constants: Values of the function constants by name.
+            allow: Checks that do not count, names of `CHECKS`.
+
+        Raises:
+            KernelFault: The kernel did what Metal does not allow.
+            EmulatorError: A buffer is missing or does not fit its parameter.
+            ValueError: An argument makes no sense.
+        """
+        bound = self._bind(buffers)
+        total = prod(-(-g // t) for g, t in zip(grid, threadgroup, strict=True))
+        report = Report(self.name, self.mode.value, order, grid, threadgroup, total)
+        if prod(threadgroup) > MAX_THREADS:
+            text = f"{threadgroup} is {prod(threadgroup)} threads, at most {MAX_THREADS}"
+            report.findings.append(Finding("too-many-threads", self.name, "?", 0, None, text))
+            raise KernelFault(report)
+        self._set_constants(constants or {})
+        allowed = _check_numbers(allow)
+        selected = _select(total, threadgroups, order)
+        with runtime.lock:
+            try:
+                self._run(report, bound, selected, threadgroup_bytes or {}, allowed)
+            finally:
+                runtime.free_all()
+        if report.findings:
+            raise KernelFault(report)
+        return report
+
+    def _bind(
+        self, buffers: Mapping[str | int, Buffer]
+    ) -> dict[int, tuple[Parameter, Buffer, bool]]:
+        """Match buffers with parameters: index -> (parameter, buffer, writable)."""
+        by_key: dict[str | int, int] = {}
+        for i, p in enumerate(self.parameters):
+            if p.kind == "buffer":
+                by_key |= {p.name: i, p.index: i}
+        bound = {}
+        for key, buffer in buffers.items():
+            if key not in by_key:
+                names = ", ".join(f"{p.name} ({p.index})" for p in self.buffers)
+                raise EmulatorError(f"kernel '{self.name}' has no buffer {key!r}; it has {names}")
+            parameter, kind = self.parameters[by_key[key]], self._types[by_key[key]]
+            self._check_type(parameter, kind, buffer)
+            writable = not (kind.read_only or parameter.constant or buffer.read_only)
+            bound[parameter.index] = (parameter, buffer, writable)
+        return bound
+
+    def _check_type(self, parameter: Parameter, kind: runtime.Parameter, buffer: Buffer) -> None:
+        where = f"kernel '{self.name}': buffer '{parameter.name}' ({parameter.index})"
+        wanted = kind.dtype.decode()
+        if wanted and buffer.dtype and wanted != buffer.dtype:
+            raise EmulatorError(
+                f"{where}: expected {wanted}, got {buffer.dtype} of shape {buffer.shape}"
+            )
+        size = buffer.data.nbytes
+        if kind.reference and size != kind.size:
+            raise EmulatorError(
+                f"{where}: expected one value of {kind.size} bytes, got {size} bytes"
+            )
+        if not wanted and size % kind.size:
+            raise EmulatorError(f"{where}: expected a multiple of {kind.size} bytes, got {size}")
+
+    def _set_constants(self, values: Mapping[str, bool | int | float]) -> None:
+        unknown = sorted(set(values) - set(self._constants))
+        missing = sorted(set(self._constants) - set(values))
+        if unknown or missing:
+            raise EmulatorError(
+                f"kernel '{self.name}': function constants: unknown {unknown}, missing {missing}"
+            )
+        for name, value in values.items():
+            kind = _CONSTANT_TYPES[self._constants[name]]
+            kind.in_dll(self._code, name).value = value
+
+    def _run(
+        self,
+        report: Report,
+        bound: dict[int, tuple[Parameter, Buffer, bool]],
+        selected: np.ndarray,
+        threadgroup_bytes: Mapping[int, int],
+        allowed: int,
+    ) -> None:
+        records = (runtime.BufferRecord * max(1, len(bound)))()
+        table = (ctypes.c_void_p * (max(bound, default=0) + 1))()
+        views = []
+        for record, (index, (parameter, buffer, writable)) in zip(
+            records, bound.items(), strict=False
+        ):
+            size = buffer.data.nbytes
+            address = runtime.allocate(size)
+            table[index] = address
+            flags = runtime.WRITABLE * writable | runtime.INITIALISED * buffer.initialised
+            record.base, record.size, record.flags = address, size, flags
+            record.name = parameter.name.encode()
+            view = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+            view[:] = buffer.data
+            views.append((view, buffer, writable))
+        sizes = [threadgroup_bytes.get(i, 0) for i in range(max(threadgroup_bytes, default=-1) + 1)]
+        launch = runtime.LaunchRecord(
+            entry=ctypes.cast(self._code.emu_entry, ctypes.c_void_p),
+            grid=report.grid,
+            threadgroup=report.threadgroup,
+            table=table,
+            buffers=records,
+            threadgroup_buffer_sizes=(ctypes.c_uint64 * len(sizes))(*sizes),
+            threadgroups=selected.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64)),
+            threadgroup_count=len(selected),
+            buffer_count=len(bound),
+            threadgroup_buffer_count=len(sizes),
+            options=runtime.INSTRUMENTED * (self.mode is Mode.INSTRUMENTED)
+            | runtime.REVERSE * (report.order == "reverse"),
+            allowed=allowed,
+        )
+        started = time.perf_counter()
+        result = runtime.library().emu_run(ctypes.byref(launch)).contents
+        report.seconds = time.perf_counter() - started
+        collect(report, result, list(records[: len(bound)]), library=self.library, allowed=allowed)
+        for view, buffer, writable in views:
+            if writable:
+                buffer.data[:] = view
+
+
+def _select(total: int, count: int | None, order: Order) -> np.ndarray:
+    """The threadgroups to run, in their order."""
+    if order not in ("forward", "reverse"):
+        raise ValueError(f"order {order!r}: expected 'forward' or 'reverse'")
+    if count is not None and count < 1:
+        raise ValueError(f"threadgroups={count}: expected at least 1, or None for all")
+    chosen = np.arange(total, dtype=np.uint64)
+    if count is not None and count < total:
+        chosen = np.arange(count, dtype=np.uint64) * np.uint64(total) // np.uint64(count)
+    return np.ascontiguousarray(chosen[::-1] if order == "reverse" else chosen)
+
+
+def _check_numbers(names: Iterable[str]) -> int:
+    bits = 0
+    for name in names:
+        if name not in CHECKS:
+            raise ValueError(f"unknown check {name!r}; there are {', '.join(CHECKS)}")
+        bits |= 1 << CHECKS.index(name)
+    return bits
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(source: str, function: str, mode: Mode) -> Kernel:
+    """A kernel from the process's cache."""
+    return Kernel(source, function, mode=mode)

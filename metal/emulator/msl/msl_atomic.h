@@ -1,0 +1,75 @@
+// <metal_atomic>: relaxed atomics on device and threadgroup memory. They bypass the load and store
+// hooks, which would call every counter a race, and announce themselves instead.
+#pragma once
+namespace metal {
+enum memory_order { memory_order_relaxed };
+enum class thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
+template <class T> struct atomic { T value; };
+typedef atomic<int> atomic_int;
+typedef atomic<uint> atomic_uint;
+typedef atomic<ulong> atomic_ulong;
+typedef atomic<float> atomic_float;
+typedef atomic<bool> atomic_bool;
+
+template <class T, class F>
+inline __attribute__((noinline)) EMU_UNTRACED T emu_read_modify_write(T* a, F next, EmuSite site) {
+  emu_atomic(a, sizeof(T), site);
+  T old, desired;
+  __atomic_load(a, &old, __ATOMIC_RELAXED);
+  do desired = next(old);
+  while (!__atomic_compare_exchange(a, &old, &desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+template <class T>
+inline __attribute__((noinline)) EMU_UNTRACED bool emu_exchange_if(T* a, T* expected, T desired,
+                                                                   EmuSite site) {
+  emu_atomic(a, sizeof(T), site);
+  return __atomic_compare_exchange(a, expected, &desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
+#define EMU_ATOMIC(space, name, next)                                                      \
+  template <class T>                                                                              \
+  EMU_INLINE T name(volatile space atomic<T>* a, emu_same<T> x, memory_order, EMU_HERE) {         \
+    return emu_read_modify_write((T*)&a->value, [=](T old) EMU_UNTRACED { return T(next); }, site); \
+  }
+#define EMU_ATOMICS(space)                                                                        \
+  EMU_ATOMIC(space, atomic_exchange_explicit, ((void)old, x))                                   \
+  EMU_ATOMIC(space, atomic_fetch_add_explicit, old + x)                                         \
+  EMU_ATOMIC(space, atomic_fetch_sub_explicit, old - x)                                         \
+  EMU_ATOMIC(space, atomic_fetch_max_explicit, old < x ? x : old)                               \
+  EMU_ATOMIC(space, atomic_fetch_min_explicit, x < old ? x : old)                               \
+  EMU_ATOMIC(space, atomic_fetch_and_explicit, old & x)                                         \
+  EMU_ATOMIC(space, atomic_fetch_or_explicit, old | x)                                          \
+  EMU_ATOMIC(space, atomic_fetch_xor_explicit, old ^ x)                                         \
+  template <class T>                                                                              \
+  EMU_INLINE T atomic_load_explicit(const volatile space atomic<T>* a, memory_order, EMU_HERE) {  \
+    return emu_read_modify_write((T*)&a->value, [](T old) EMU_UNTRACED { return old; }, site);    \
+  }                                                                                               \
+  template <class T>                                                                              \
+  EMU_INLINE void atomic_store_explicit(volatile space atomic<T>* a, emu_same<T> x,               \
+                                        memory_order order, EMU_HERE) {                           \
+    atomic_exchange_explicit(a, x, order, site);                                                  \
+  }                                                                                               \
+  template <class T>                                                                              \
+  EMU_INLINE void atomic_max_explicit(volatile space atomic<T>* a, emu_same<T> x,                 \
+                                      memory_order order, EMU_HERE) {                             \
+    atomic_fetch_max_explicit(a, x, order, site);                                                 \
+  }                                                                                               \
+  template <class T>                                                                              \
+  EMU_INLINE void atomic_min_explicit(volatile space atomic<T>* a, emu_same<T> x,                 \
+                                      memory_order order, EMU_HERE) {                             \
+    atomic_fetch_min_explicit(a, x, order, site);                                                 \
+  }                                                                                               \
+  template <class T>                                                                              \
+  EMU_INLINE bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>* a,              \
+                                                        thread T* expected, emu_same<T> x,        \
+                                                        memory_order, memory_order, EMU_HERE) {   \
+    return emu_exchange_if((T*)&a->value, expected, x, site);                                     \
+  }
+#ifdef MSL_STRICT
+EMU_ATOMICS(device) EMU_ATOMICS(threadgroup)
+#else
+EMU_ATOMICS()
+#endif
+EMU_INLINE void atomic_thread_fence(mem_flags, memory_order, thread_scope) {}
+}  // namespace metal

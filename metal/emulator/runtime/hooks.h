@@ -1,0 +1,160 @@
+// What the instrumented kernel calls: -fsanitize=kernel-address with outlined checks turns every load
+// and store into a call, -fsanitize=alignment,bounds,integer-divide-by-zero calls only on failure.
+#pragma once
+#include "shadow.h"
+#include "traffic.h"
+
+static Region* find_region(uint64_t address) {
+  bool in_arena = address - (uint64_t)state.arena < ARENA;
+  for (Region& r : in_arena ? state.variables : state.buffers)
+    if (address - r.base < r.size) return &r;
+  return nullptr;
+}
+static void out_of_bounds(uint64_t address, uint64_t size, AccessKind kind, Place place) {
+  bool in_arena = address - (uint64_t)state.arena < ARENA;
+  const Region* nearest = nullptr;
+  uint64_t nearest_distance = ~0ull;
+  for (Region& r : in_arena ? state.variables : state.buffers) {
+    uint64_t distance = address < r.base ? r.base - address : address - r.base;
+    if (distance < nearest_distance) nearest = &r, nearest_distance = distance;
+  }
+  if (nearest) place.buffer = nearest->buffer;
+  report(OUT_OF_BOUNDS, place, "%s of %llu bytes at byte %lld of %s '%s', which has %llu bytes",
+         kind == LOAD ? "load" : "store", (unsigned long long)size,
+         nearest ? (long long)(address - nearest->base) : 0ll,
+         in_arena ? "threadgroup variable" : "buffer", nearest ? nearest->name : "(none bound)",
+         nearest ? (unsigned long long)nearest->size : 0ull);
+  stop_launch();
+}
+
+static void on_access(uint64_t address, uint64_t size, AccessKind kind, uint64_t pc) {
+  bool shared = address - (uint64_t)state.arena < ARENA;
+  if (!shared && !in_heap(address)) return;  // the thread's own stack, or constants of the program
+  Region* region = find_region(address);
+  Place place = at_pc(pc, region ? region->buffer : -1);
+  if (!region || address + size > region->base + region->size)
+    return out_of_bounds(address, size, kind, place);
+  uint64_t offset = address - region->base;
+  if (kind == STORE && !(region->flags & WRITABLE)) {
+    report(READ_ONLY, place, "store to byte %llu of read-only buffer '%s'",
+           (unsigned long long)offset, region->name);
+    return stop_launch();
+  }
+  if (size <= 16 && !(size & (size - 1)) && address % size)
+    report(MISALIGNED, place, "%llu-byte %s at byte %llu of '%s'", (unsigned long long)size,
+           kind == LOAD ? "load" : "store", (unsigned long long)offset, region->name);
+  if (region->cells) check_shadow(*region, offset, size, kind, PLAIN, place);
+  count_access(*region, offset, size, kind, pc);
+}
+
+#define RETURN_ADDRESS ((uint64_t)__builtin_return_address(0))
+// Apple's clang names them without the suffix.
+#define HOOK(size)                                                                                \
+  extern "C" void __asan_load##size##_noabort(uint64_t address) {                                 \
+    if (tracing()) on_access(address, size, LOAD, RETURN_ADDRESS);                                \
+  }                                                                                               \
+  extern "C" void __asan_store##size##_noabort(uint64_t address) {                                \
+    if (tracing()) on_access(address, size, STORE, RETURN_ADDRESS);                               \
+  }                                                                                               \
+  extern "C" void __asan_load##size(uint64_t address) {                                           \
+    if (tracing()) on_access(address, size, LOAD, RETURN_ADDRESS);                                \
+  }                                                                                               \
+  extern "C" void __asan_store##size(uint64_t address) {                                          \
+    if (tracing()) on_access(address, size, STORE, RETURN_ADDRESS);                               \
+  }
+HOOK(1) HOOK(2) HOOK(4) HOOK(8) HOOK(16)
+extern "C" {
+void __asan_loadN_noabort(uint64_t address, uint64_t size) {
+  if (tracing()) on_access(address, size, LOAD, RETURN_ADDRESS);
+}
+void __asan_storeN_noabort(uint64_t address, uint64_t size) {
+  if (tracing()) on_access(address, size, STORE, RETURN_ADDRESS);
+}
+void __asan_loadN(uint64_t address, uint64_t size) {
+  if (tracing()) on_access(address, size, LOAD, RETURN_ADDRESS);
+}
+void __asan_storeN(uint64_t address, uint64_t size) {
+  if (tracing()) on_access(address, size, STORE, RETURN_ADDRESS);
+}
+// Structs are copied by memcpy, which the instrumentation would otherwise leave bare.
+void* __asan_memcpy(void* to, const void* from, size_t size) {
+  if (tracing() && size) {
+    on_access((uint64_t)from, size, LOAD, RETURN_ADDRESS);
+    on_access((uint64_t)to, size, STORE, RETURN_ADDRESS);
+  }
+  return memcpy(to, from, size);
+}
+void* __asan_memmove(void* to, const void* from, size_t size) {
+  if (tracing() && size) {
+    on_access((uint64_t)from, size, LOAD, RETURN_ADDRESS);
+    on_access((uint64_t)to, size, STORE, RETURN_ADDRESS);
+  }
+  return memmove(to, from, size);
+}
+void* __asan_memset(void* to, int value, size_t size) {
+  if (tracing() && size) on_access((uint64_t)to, size, STORE, RETURN_ADDRESS);
+  return memset(to, value, size);
+}
+void __asan_handle_no_return() {}
+void __asan_init() {}
+void __asan_version_mismatch_check_v8() {}
+void __asan_register_globals(void*, uint64_t) {}
+void __asan_unregister_globals(void*, uint64_t) {}
+void __asan_register_elf_globals(void*, void*, void*) {}
+void __asan_unregister_elf_globals(void*, void*, void*) {}
+
+void emu_atomic(const void* pointer, uint32_t size, EmuSite site) {
+  if (!tracing()) return;
+  uint64_t address = (uint64_t)pointer;
+  Region* region = find_region(address);
+  if (!region || address + size > region->base + region->size)
+    return out_of_bounds(address, size, STORE, at_site(site));
+  if (!(region->flags & WRITABLE)) {
+    report(READ_ONLY, at_site(site), "atomic operation on read-only buffer '%s'", region->name);
+    return stop_launch();
+  }
+  uint64_t offset = address - region->base;
+  if (region->cells[offset].write.state == UNTOUCHED && !(region->flags & INITIALISED))
+    report(UNINITIALISED, at_site(site), "atomic operation on byte %llu of '%s', which nobody wrote",
+           (unsigned long long)offset, region->name);
+  check_shadow(*region, offset, size, STORE, ATOMIC, at_site(site));
+}
+}
+
+// Handlers of the undefined-behaviour checks. The data they get is laid out by clang.
+struct UbType {
+  uint16_t kind, info;
+  char name[1];
+};
+struct UbOutOfBounds {
+  EmuSite site;
+  UbType *array, *index;
+};
+static void undefined_behaviour(Check check, const EmuSite* site, const char* text) {
+  if (!state.current) return;
+  report(check, at_site(*site), "%s", text);
+  if (!allowed(check)) stop_launch();
+}
+static void index_out_of_bounds(UbOutOfBounds* data, uint64_t index) {
+  char text[300];
+  snprintf(text, sizeof text, "index %lld in an array of type %s", (long long)index, data->array->name);
+  undefined_behaviour(ARRAY_INDEX, &data->site, text);
+}
+static void wrong_pointer(EmuSite* site, uint64_t pointer) {
+  char text[100];
+  snprintf(text, sizeof text, "the address ends in 0x%02x", (unsigned)(pointer & 0xFF));
+  if (pointer) undefined_behaviour(MISALIGNED, site, text);
+  else undefined_behaviour(INVALID_ACCESS, site, "null pointer: no buffer is bound there");
+}
+extern "C" {
+void __ubsan_handle_type_mismatch_v1(EmuSite* site, uint64_t pointer) { wrong_pointer(site, pointer); }
+void __ubsan_handle_type_mismatch_v1_abort(EmuSite* site, uint64_t pointer) { wrong_pointer(site, pointer); }
+void __ubsan_handle_out_of_bounds(UbOutOfBounds* data, uint64_t i) { index_out_of_bounds(data, i); }
+void __ubsan_handle_out_of_bounds_abort(UbOutOfBounds* data, uint64_t i) { index_out_of_bounds(data, i); }
+void __ubsan_handle_divrem_overflow(EmuSite* site, uint64_t, uint64_t) {
+  undefined_behaviour(DIVISION_BY_ZERO, site, "the divisor is 0, or the quotient overflows");
+}
+void __ubsan_handle_divrem_overflow_abort(EmuSite* site, uint64_t, uint64_t) {
+  undefined_behaviour(DIVISION_BY_ZERO, site, "the divisor is 0, or the quotient overflows");
+}
+}

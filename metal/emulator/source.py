@@ -1,0 +1,153 @@
+"""Turns Metal source text into C++ that clang compiles against the headers of `msl/`.
+
+Little needs to change, because the headers give C++ Metal's types and functions: attributes and
+comments go, the local includes are inlined, and variables in threadgroup memory, which C++ has no
+notion of, become references into the threadgroup's arena. Every rewriting keeps the line count,
+and `#line` directives of the text are honoured, so that clang's messages and the debug information
+speak of the .metal file.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_gptoss.errors import EmulatorError
+
+_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.S)
+_INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]')
+_ATTRIBUTE = re.compile(r"\[\[\s*[a-z_]+[^\[\]]*\]\]")
+_INSTANCE = re.compile(r'template\s*\[\[host_name\("([^"]*)"\)\]\][^;]*?decltype\(([^;]*)\)[^;]*;')
+_FUNCTION_CONSTANT = re.compile(
+    r"\bconstant\s+(?:const\s+)?(\w+)\s+(\w+)\s*\[\[\s*function_constant\("
+)
+_THREADGROUP_VARIABLE = re.compile(
+    r"(?P<before>(?:[;{}]|^[ \t]*#[^\n]*\n)\s*)(?:alignas\([^)]*\)\s*)?threadgroup\s+"
+    r"(?P<type>(?:[\w:]+(?:<[^;{}()]*>)?\s+)+)(?P<variables>\w+\s*(?:\[[^;]*)?);",
+    re.M,
+)
+_MISSED_VARIABLE = re.compile(r"(?<!static )\bthreadgroup\s[^*&();{}]*;")
+
+
+@dataclass(frozen=True)
+class MetalSource:
+    """Metal source made ready for C++, except for its threadgroup variables.
+
+    Attributes:
+        text: The source without comments, attributes and explicit instantiations.
+        signatures: The source as `text`, but with attributes: what parameters are read from.
+        instances: C++ expression of each explicit instantiation, by its host name.
+        function_constants: Type of each function constant, by its name.
+    """
+
+    text: str
+    signatures: str
+    instances: dict[str, str]
+    function_constants: dict[str, str]
+
+
+def strip_comments(text: str) -> str:
+    """Return the text with every comment blanked, strings and line numbers kept."""
+
+    def blank(match: re.Match[str]) -> str:
+        found = match.group(0)
+        return found if found.startswith('"') else "\n" * found.count("\n") or " "
+
+    return _COMMENT.sub(blank, text)
+
+
+def read_metal(path: Path, roots: Sequence[Path] = (), skip: Sequence[str] = ()) -> str:
+    """Read a .metal file and inline what it includes, each file once.
+
+    Args:
+        path: The file to read.
+        roots: Folders in which includes are looked up, after the folder of the including file.
+        skip: Endings of include paths that are left out.
+
+    Returns:
+        One text with `#line` directives naming the files.
+
+    Raises:
+        EmulatorError: A file is missing.
+    """
+    return _inline(Path(path), tuple(roots), tuple(skip), seen=set())
+
+
+def _inline(path: Path, roots: tuple[Path, ...], skip: tuple[str, ...], *, seen: set[Path]) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise EmulatorError(f"{path}: cannot read Metal source: {error.strerror}") from error
+    seen.add(path.resolve())
+    out = [f'#line 1 "{path}"']
+    for number, line in enumerate(lines, 1):
+        include = _INCLUDE.match(line)
+        if include is None:
+            out.append(line)
+            continue
+        name = include.group(2)
+        if include.group(1) == "<" and (name.startswith(("metal_", "simd/")) or "/" not in name):
+            out.append("")  # the prelude has it
+            continue
+        found = next((f / name for f in (path.parent, *roots) if (f / name).is_file()), None)
+        if found is None:
+            raise EmulatorError(f"{path}:{number}: included file {name!r} not found")
+        if found.resolve() in seen or name.endswith(skip or ("\0",)):
+            out.append("")
+            continue
+        out += [_inline(found, roots, skip, seen=seen), f'#line {number + 1} "{path}"']
+    return "\n".join(out)
+
+
+def prepare(text: str) -> MetalSource:
+    """Strip what C++ does not know from Metal source, and note what it said."""
+    text = strip_comments(text)
+    text = re.sub(r"(?m)^\s*#\s*(?:pragma|include\s*<metal_|include\s*<simd/).*$", "", text)
+    instances = {name: expression.strip() for name, expression in _INSTANCE.findall(text)}
+    text = _INSTANCE.sub(lambda m: "\n" * m.group(0).count("\n"), text)
+    constants = {name: kind for kind, name in _FUNCTION_CONSTANT.findall(text)}
+    plain = _ATTRIBUTE.sub(lambda m: "\n" * m.group(0).count("\n"), text)
+    return MetalSource(plain, text, instances, constants)
+
+
+def rewrite_threadgroup_variables(text: str, declare: Callable[[int, str, str, str], str]) -> str:
+    """Replace each `threadgroup T name[N];` of a function body.
+
+    Args:
+        text: Prepared source.
+        declare: Gives the replacement from a number unique in the text, the type, the name and
+            the dimensions such as `"[8][33]"`.
+
+    Raises:
+        EmulatorError: A declaration has a form that is not understood. Left alone it would make
+            a variable of each thread.
+    """
+    count = 0
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal count
+        kind, declared = " ".join(match.group("type").split()), []
+        for variable in re.split(r",(?![^\[]*\])", match.group("variables")):
+            name, bracket, dimensions = variable.strip().partition("[")
+            dimensions = bracket + " ".join(dimensions.split())
+            declared.append(declare(count, kind, name.strip(), dimensions))
+            count += 1
+        newlines = match.group(0)[len(match.group("before")) :].count("\n")
+        return match.group("before") + " ".join(declared) + "\n" * newlines
+
+    previous = None
+    while previous != text:  # neighbours share their delimiter: a pass takes every other
+        previous, text = text, _THREADGROUP_VARIABLE.sub(replace, text)
+    missed = _MISSED_VARIABLE.search(text)
+    if missed is not None:
+        raise EmulatorError(f"threadgroup variable not understood: {' '.join(missed[0].split())!r}")
+    return text
+
+
+def arena_variable(number: int, kind: str, name: str, dimensions: str) -> str:
+    """A threadgroup variable as a reference into the runtime's arena."""
+    t = f"emu_variable_{number}"
+    return (
+        f"typedef {kind} {t}{dimensions}; {t}& {name} = "
+        f'*({t}*)emu_threadgroup_variable({number}, sizeof({t}), "{name}");'
+    )
