@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_gptoss.convert.pipeline import ConversionReport, convert_checkpoint
-    from mlx_gptoss.convert.progress import Progress
     from mlx_gptoss.convert.verify import KindError
 
 _HOME = {
     "ConversionReport": "pipeline",
     "KindError": "verify",
-    "Progress": "progress",
     "convert_checkpoint": "pipeline",
 }
 
-__all__ = ["ConversionReport", "KindError", "Progress", "convert_checkpoint"]
+__all__ = ["ConversionReport", "KindError", "convert_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,8 @@ def decode(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, *, bits: 
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], -1)
     groups = codes.reshape(*scales.shape, GROUP).astype(np.float32)
-    values = groups * f32(scales)[..., None] + f32(biases)[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale gives what it gives
+        values = groups * f32(scales)[..., None] + f32(biases)[..., None]
     return values.reshape(scales.shape[0], -1)
 
 

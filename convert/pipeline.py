@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +36,6 @@ from mlx_gptoss.convert.output import (
     manifest,
     plan_files,
 )
-from mlx_gptoss.convert.progress import Meter, Progress
 from mlx_gptoss.convert.reading import Cutter, SourceReader
 from mlx_gptoss.convert.sources import Source, open_source
 from mlx_gptoss.convert.staging import Staging, clear_leftovers, staging
@@ -50,6 +50,7 @@ from mlx_gptoss.weight_files import (
 )
 
 Dense = Literal["bf16", "q8", "q4"]
+Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
 
 SPARE_BYTES = 64 << 20  # left free beside the weights: small files, the file system's own needs
 
@@ -77,7 +78,7 @@ def convert_checkpoint(
     *,
     dense: Dense = "bf16",
     verify: bool = True,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a published or fine-tuned checkpoint into the format that the runtime loads.
 
@@ -91,7 +92,7 @@ def convert_checkpoint(
         dense: "bf16" keeps attention, embedding and unembedding as they are; "q8" and "q4" store
             them as MLX's affine quantization in groups of 64.
         verify: Re-read the result and compare every weight with the source before publishing it.
-        progress: Called up to ten times a second with the step, its bytes, rate and time left.
+        progress: Told after each piece: "converting" or "verifying", bytes done, bytes in all.
 
     Returns:
         Sizes, times and proven errors.
@@ -113,11 +114,11 @@ def convert_checkpoint(
     files = plan_files(expected_tensors(checkpoint.config, quantization))
     with _file_system_faults(target), staging(target, _job(checkpoint, dense)) as stage:
         _check_space(stage, files, target)
-        writing = _write_weights(checkpoint, quantization, files, stage, progress)
+        writing = _Phase("converting", data_bytes(files), progress)
+        _write_weights(checkpoint, quantization, files, stage, writing)
         record = _write_small_files(checkpoint, quantization, files, stage, dense)
-        meter, errors = None, None
-        if verify:
-            meter, errors = _verify(checkpoint, quantization, files, stage, progress)
+        proving = _Phase("verifying", checkpoint.nbytes, progress)
+        errors = _verify(checkpoint, quantization, files, stage, proving) if verify else None
         record["verified"] = None if errors is None else [asdict(e) for e in errors]
         _write_durably(stage.files / MANIFEST, json_text(record))
         stage.publish(target)
@@ -128,9 +129,32 @@ def convert_checkpoint(
         weight_bytes=data_bytes(files),
         resumed_bytes=writing.resumed_bytes,
         convert_s=writing.seconds,
-        verify_s=meter.seconds if meter else 0.0,
+        verify_s=proving.seconds,
         errors=errors,
     )
+
+
+class _Phase:
+    """Counts the bytes of a phase, and its time from the first byte to the last."""
+
+    def __init__(self, name: str, total_bytes: int, progress: Progress | None) -> None:
+        self._name, self._total, self._progress = name, total_bytes, progress
+        self._began = time.monotonic()
+        self._done = self.resumed_bytes = 0
+        self.seconds = 0.0
+
+    def resume(self, nbytes: int) -> None:
+        """Count bytes that an earlier run has done."""
+        self.resumed_bytes = nbytes
+        self._began = time.monotonic()
+        self.add(nbytes)
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes that this run has done."""
+        self._done += nbytes
+        self.seconds = time.monotonic() - self._began
+        if self._progress is not None:
+            self._progress(self._name, self._done, self._total)
 
 
 def _check_paths(source: Path, target: Path) -> tuple[Path, Path]:
@@ -195,18 +219,16 @@ def _write_weights(
     quantization: Mapping[str, Quantization],
     files: Files,
     stage: Staging,
-    progress: Callable[[Progress], None] | None,
-) -> Meter:
-    done = data_bytes({name: files[name] for name in stage.done})
-    meter = Meter("convert", data_bytes(files), resumed_bytes=done, report=progress)
+    phase: _Phase,
+) -> None:
+    phase.resume(data_bytes({name: files[name] for name in stage.done}))
     with SourceReader() as reader:
         cutter = Cutter(source, quantization, reader)
         for name, tensors in files.items():
             if name not in stage.done:
-                written = write_file(stage.files / name, tensors, cutter.pieces, written=meter.add)
-                stage.finish(name, written)
-    meter.stop()
-    return meter
+                path = stage.files / name
+                stage.finish(name, write_file(path, tensors, cutter.pieces, written=phase.add))
+    phase.add(0)
 
 
 def _write_small_files(
@@ -236,16 +258,13 @@ def _verify(
     quantization: Mapping[str, Quantization],
     files: Files,
     stage: Staging,
-    progress: Callable[[Progress], None] | None,
-) -> tuple[Meter, tuple[KindError, ...]]:
-    total = sum(entry.spec.nbytes for entry in source.tensors.values())
-    meter = Meter("verify", total, resumed_bytes=0, report=progress)
+    phase: _Phase,
+) -> tuple[KindError, ...]:
+    phase.resume(0)
     tensors = {}
     for name in files:
         tensors |= read_safetensors_header(stage.files / name)
-    errors = verify_conversion(source, tensors, quantization, compared=meter.add)
-    meter.stop()
-    return meter, tuple(errors)
+    return tuple(verify_conversion(source, tensors, quantization, compared=phase.add))
 
 
 @contextmanager

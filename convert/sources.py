@@ -40,6 +40,11 @@ class Source:
         return f"{self.layout.value}, {experts} experts"
 
     @property
+    def nbytes(self) -> int:
+        """Size of all tensors, in bytes."""
+        return sum(entry.spec.nbytes for entry in self.tensors.values())
+
+    @property
     def files(self) -> list[Path]:
         """The weight files that are read."""
         return sorted({entry.path for entry in self.tensors.values()})

@@ -18,20 +18,20 @@ def weight() -> np.ndarray:
     return tiny.bf16_to_f32(tiny.bf16(values))
 
 
-def mlx_arrays(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> tuple[mx.array, ...]:
+def mlx_arrays(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> list[mx.array]:
     wide = [mx.array(bits).view(mx.bfloat16) for bits in (scales, biases)]
-    return mx.array(packed), *wide
+    return [mx.array(packed), *wide]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_mlx_decodes_what_we_decode(weight: np.ndarray, bits: int) -> None:
     stored = affine.quantize(weight, bits)
     got = affine.decode(*stored, bits=bits)
-    packed, *wide = mlx_arrays(*stored)
-    wide = [array.astype(mx.float32) for array in wide]
-    dense = mx.dequantize(packed, *wide, group_size=64, bits=bits)
+    packed, scales, biases = mlx_arrays(*stored)
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    dense = mx.dequantize(packed, scales, biases, group_size=64, bits=bits)
     assert np.abs(np.array(dense) - got).max() <= 1e-6
-    product = mx.quantized_matmul(mx.eye(192), packed, *wide, group_size=64, bits=bits)
+    product = mx.quantized_matmul(mx.eye(192), packed, scales, biases, group_size=64, bits=bits)
     assert np.abs(np.array(product).T - got).max() <= 1e-6
 
 
