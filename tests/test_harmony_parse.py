@@ -1,5 +1,11 @@
 """Parsing: what a stream means, event by event."""
 
+import json
+from pathlib import Path
+
+import pytest
+from harmony_transcript import transcript
+
 from mlx_gptoss.harmony import (
     Channel,
     Event,
@@ -8,6 +14,7 @@ from mlx_gptoss.harmony import (
     Message,
     MessageDone,
     ReasoningDelta,
+    Repair,
     Role,
     TextDelta,
     ToolCallDelta,
@@ -71,3 +78,35 @@ def test_messages_keep_the_tokens_they_were_sampled_as() -> None:
     messages = [e.message for e in events_of(stream + "<|return|>") if isinstance(e, MessageDone)]
     sampled = [token for message in messages for token in message.sampled or ()]
     assert sampled == tokens_of("<|start|>assistant" + stream + "<|return|>")
+
+
+CORPUS = json.loads((Path(__file__).parent / "malformed_streams.json").read_text())
+CORPUS_TOOLS = {
+    "functions.get_weather": "get_weather",
+    "functions.bash": "bash",
+    "functions.web-browsing": "web-browsing",
+    "python": "python",
+}
+
+
+@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case["stream"][:60])
+def test_malformed_stream(case: dict) -> None:
+    """What models really write: `seen` says where; `constructed` ones are ours."""
+    assert transcript(events_of(case["stream"], CORPUS_TOOLS)) == case["events"]
+
+
+def test_corpus_is_large_and_says_where_it_was_seen() -> None:
+    assert len({case["stream"] for case in CORPUS}) == len(CORPUS) >= 60
+    assert sum(case["seen"] != "constructed" for case in CORPUS) >= 40
+
+
+@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case["stream"][:60])
+def test_repaired_messages_are_rendered_anew(case: dict) -> None:
+    """A malformed header in the history would teach the model to write another."""
+    events = events_of(case["stream"], CORPUS_TOOLS)
+    repaired = False
+    for event in events:
+        repaired = repaired or isinstance(event, Repair)
+        if isinstance(event, MessageDone):
+            assert (event.message.sampled is None) == repaired
+            repaired = False

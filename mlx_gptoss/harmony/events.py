@@ -85,7 +85,8 @@ class RepairKind(StrEnum):
     RESTARTED_HEADER = "restarted_header"
     """`<|start|>` in a header: the header begins anew."""
     NO_MESSAGE = "no_message"
-    """A header that ends without `<|message|>`: the text after the channel is the message."""
+    """A header that ends without `<|message|>`: what follows the channel is the message, if it is
+    any text; a header alone is set aside here."""
     NO_END = "no_end"
     """A message followed by the next header without `<|end|>`: it ends there."""
     CALL_ENDED = "call_ended"
@@ -98,6 +99,8 @@ class RepairKind(StrEnum):
     """A control or reserved token where it means nothing: skipped."""
     ARGUMENTS_UNWRAPPED = "arguments_unwrapped"
     """Arguments that are a list holding one object: the object."""
+    ARGUMENTS_ESCAPED = "arguments_escaped"
+    """Arguments with raw line ends inside strings: written as `\\n`."""
     ARGUMENTS_NOT_JSON = "arguments_not_json"
     """A function's arguments that are no JSON object: passed on as they are."""
 

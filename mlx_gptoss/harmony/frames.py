@@ -152,11 +152,12 @@ class Framer:
                 report(RepairKind.RESTARTED_HEADER if end == _START else RepairKind.NO_MESSAGE, "")
             return
         header = read_unfinished_header(self._header, role=self._role, report=report)
-        if end == _START and not (header.text or header.recipient):
+        if end == _START and not header.text:
             report(RepairKind.RESTARTED_HEADER, self._header_text())
             return
         bare = self._role is not None and max(self._header) < N_TEXT
-        if end is None and header.channel is None and not bare:  # the cut went through a header
+        cut = end is None and header.channel is None and not bare
+        if cut or (end == Special.END and not header.text):  # nothing but a header
             report(RepairKind.NO_MESSAGE, self._header_text())
             return
         report(RepairKind.NO_MESSAGE, "")

@@ -9,18 +9,20 @@ What a message is for follows from its header:
     a declared recipient, on any channel   a call of that tool
     analysis, or another's role            reasoning
     commentary                             a preamble, told to the user; reasoning if the header
-                                           holds junk, as then it always was
+                                           holds junk, because the seen ones were that
     final                                  the answer
     no known channel                       held back until it ends: the answer if the turn ends
                                            with it, reasoning if more follows
 
 Only declared recipients count, so a model that calls tools it was never offered, or a content
-type that looks like a recipient, cannot turn an answer into a call.
+type that looks like a recipient, cannot turn an answer into a call: such a message is what its
+channel says.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mlx_gptoss.harmony.events import (
     Event,
@@ -194,16 +196,16 @@ class _Turn:
         return replace(message, content=arguments)
 
     def _json_arguments(self, arguments: str) -> str:
-        """Return a function's arguments, out of the list they may be wrapped in."""
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            parsed = None
+        """Return a function's arguments as a JSON object, if they can be read as one."""
+        parsed = _lenient_json(arguments)
         if isinstance(parsed, list) and len(parsed) == 1 and isinstance(parsed[0], dict):
             self.on_repair(RepairKind.ARGUMENTS_UNWRAPPED, "")
-            return arguments.strip()[1:-1].strip()
+            arguments, parsed = arguments.strip()[1:-1].strip(), parsed[0]
         if not isinstance(parsed, dict):
             self.on_repair(RepairKind.ARGUMENTS_NOT_JSON, "")
+        elif not _is_strict_json(arguments):
+            self.on_repair(RepairKind.ARGUMENTS_ESCAPED, "")
+            return json.dumps(parsed, ensure_ascii=False)
         return arguments
 
     def _sampled(
@@ -214,3 +216,19 @@ class _Turn:
         if end is None:
             tokens += (int(Special.END if message.recipient is None else Special.CALL),)
         return prompt + tokens if self._prompted else tokens
+
+
+def _lenient_json(text: str) -> Any:
+    """Return the value of JSON whose strings may hold raw control characters, or None."""
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_strict_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -8,6 +8,7 @@ rewriting puts the same meaning into words the renderer has:
     anyOf           `oneOf`; with a null among two, the other one and `nullable`
     allOf           one schema; properties and required names of objects joined
     const, enum     a list of literal types, as a `type` list is written out as it stands
+    null            the same, as the renderer knows no such type alone
 """
 
 import json
@@ -78,13 +79,18 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _union(variants: list[dict[str, Any]], around: dict[str, Any]) -> dict[str, Any]:
-    others = [variant for variant in variants if variant.get("type") != "null"]
+    others = [variant for variant in variants if variant.get("type") != _NULL]
     if len(others) == 1 and len(others) < len(variants):
         return others[0] | around | {"nullable": True}
     return {**around, "oneOf": variants} if len(variants) > 1 else (variants or [{}])[0] | around
 
 
+_NULL = ["null"]
+
+
 def _with_literals(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type") == "null":
+        return {**schema, "type": _NULL}
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if not isinstance(values, list) or not values:
         return schema
