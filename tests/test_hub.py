@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -367,6 +370,40 @@ def test_the_environment_is_left_alone(server: HubServer, tmp_path: Path) -> Non
     before = dict(os.environ)
     get(server, tmp_path)
     assert dict(os.environ) == before
+
+
+def download_command(endpoint: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    settings = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "PYTHONPATH": "."}
+    settings.pop("HF_TOKEN", None)
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_gptoss", "download", REPO, *arguments],
+        env=settings | env,
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_prints_the_folder_and_honours_the_hubs_environment(
+    server: HubServer, tmp_path: Path
+) -> None:
+    """A process of its own: HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are read at import."""
+    online = download_command(server.endpoint, HF_HUB_CACHE=str(tmp_path))
+    assert online.returncode == 0, online.stderr
+    expect_copy(Path(online.stdout.removesuffix("\n")), WANTED)
+    assert re.search(r"^download: [\d.]+ kB of 230\.\d kB", online.stderr, re.MULTILINE)
+    assert "4 files, 230." in online.stderr and "all hashes are right" in online.stderr
+    server.requests.clear()
+    for offline in (
+        download_command(server.endpoint, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1"),
+        download_command(server.endpoint, "--offline", "-q", HF_HUB_CACHE=str(tmp_path)),
+    ):
+        assert (offline.returncode, offline.stdout) == (0, online.stdout), offline.stderr
+    assert offline.stderr == "" and server.requests == []
+    nothing = download_command(server.endpoint, "--offline", HF_HUB_CACHE=str(tmp_path / "else"))
+    assert nothing.returncode == 1 and nothing.stdout == ""
+    [line] = nothing.stderr.splitlines()
+    assert line.startswith(f"Error: {REPO} at main: offline, and not in the cache at ")
 
 
 def test_published_sizes_follow_from_the_published_shapes() -> None:

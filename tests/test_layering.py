@@ -21,7 +21,7 @@ LAYERS = [
     ["model"],
     ["sampling", "demo", "hub"],
     ["engine"],
-    ["library"],
+    ["library", "model_info"],
     ["harmony"],
     ["turn"],
     ["runtime"],

@@ -1,0 +1,99 @@
+"""What the commands share: notes and progress on stderr, sizes and rates in words."""
+
+import sys
+import time
+
+import click
+
+INTERVAL_S = 0.1
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    """Tell the user something beside the answer."""
+    if not quiet:
+        click.echo(text, err=True)
+
+
+def size(nbytes: float) -> str:
+    """A size as disks and downloads are sold: 13.8 GB, 512.0 kB."""
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time that is still to pass, coarse as it should be: 45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Progress:
+    """One line on stderr that says how far something is; plain lines where nobody watches.
+
+    On a terminal the line is rewritten ten times a second; elsewhere a line appears at each tenth
+    of the way.
+
+    Args:
+        quiet: Show nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty()
+        self._phase = ""
+        self._began = self._told = 0.0
+        self._first = 0
+        self._tenth = -1
+        self._width = 0
+
+    def bytes(self, phase: str, done: int, total: int) -> None:
+        """Show bytes of a phase, with rate and time left; a new phase starts a new line."""
+        if self._quiet or not self._is_due(phase, done, total):
+            return
+        elapsed = time.monotonic() - self._began
+        rate = (done - self._first) / elapsed if elapsed > 0 else 0.0
+        text = f"{phase}: {size(done)} of {size(total)}"
+        if rate > 0:
+            text += f", {size(rate)}/s"
+            if done < total:
+                text += f", {duration((total - done) / rate)} left"
+        self._show(text, done >= total)
+
+    def count(self, phase: str, done: int, total: int) -> None:
+        """Show a number of things of a phase, to people who watch and until it is over."""
+        if done >= total:
+            self.clear()
+        elif self._live and not self._quiet and self._is_due(phase, done, total):
+            self._show(f"{phase}: {done} of {total}", False)
+
+    def clear(self) -> None:
+        """Take the line away, for something else to be printed."""
+        if self._width:
+            click.echo("\r" + " " * self._width + "\r", nl=False, err=True)
+            self._width = 0
+
+    def _is_due(self, phase: str, done: int, total: int) -> bool:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._began, self._first, self._tenth = phase, now, done, -1
+            self._told = 0.0
+        if self._live:
+            due = now - self._told >= INTERVAL_S or done >= total
+        else:
+            tenth = 10 * done // max(total, 1)
+            due, self._tenth = tenth > self._tenth, max(tenth, self._tenth)
+        if due:
+            self._told = now
+        return due
+
+    def _show(self, text: str, final: bool) -> None:
+        if not self._live:
+            click.echo(text, err=True)
+            return
+        self.clear()
+        click.echo(text, nl=final, err=True)
+        self._width = 0 if final else len(text)

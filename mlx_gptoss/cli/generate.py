@@ -1,0 +1,221 @@
+"""`mlx-gptoss generate`: one prompt, one answer."""
+
+import sys
+import time
+from datetime import date
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_gptoss.cli.console import Progress, note
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.sampling import SamplingParams
+    from mlx_gptoss.turn import Turn
+
+DEFAULT_MODEL = "demo"
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "-m",
+    "--model",
+    envvar="MLX_GPTOSS_MODEL",
+    show_envvar=True,
+    metavar="NAME",
+    show_default="demo",
+    help="demo, 20b, 120b, a folder or a hub id.",
+)
+@click.option(
+    "--reasoning",
+    type=click.Choice(["low", "medium", "high"]),
+    default="medium",
+    show_default=True,
+    help="How long the model thinks before it answers.",
+)
+@click.option("--system", metavar="TEXT", help="Instructions that stand above the prompt.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="to the end of the context",
+    help="Most tokens to generate, reasoning included.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="T",
+    help="Randomness of the choice; 0 takes the most probable token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Keep the most probable tokens up to this mass.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    metavar="K",
+    show_default="off",
+    help="Keep this many most probable tokens.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    metavar="P",
+    show_default="off",
+    help="Keep tokens with this share of the best one's probability.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**64 - 1),
+    metavar="N",
+    show_default="a new one",
+    help="The same seed gives the same answer.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--raw", is_flag=True, help="Print the sampled tokens with their harmony markers.")
+@click.option("--show-reasoning", is_flag=True, help="Print the reasoning to stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="No statistics, progress or notes.")
+def generate(
+    *,
+    prompt: str | None,
+    model: str | None,
+    reasoning: str,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    min_p: float | None,
+    seed: int | None,
+    as_json: bool,
+    raw: bool,
+    show_reasoning: bool,
+    quiet: bool,
+) -> None:
+    """Answer PROMPT, or what a pipe or `-` brings on standard input.
+
+    The answer goes to stdout; on a terminal the model's reasoning precedes it, dimmed.
+    """
+    if raw and as_json:
+        raise click.UsageError("--raw and --json exclude each other")
+    text = _prompt_text(prompt)
+    sampling = _sampling(temperature, top_p, top_k, min_p, seed)
+    if model is None:
+        model = DEFAULT_MODEL
+        note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
+    engine, load_s = _load(model)
+    prompt_tokens = _render(text, system=system, reasoning=reasoning)
+    turn = _turn(engine, prompt_tokens, sampling, max_tokens, quiet)
+    if as_json:
+        click.echo(_json(turn, model, load_s))
+    else:
+        _print(turn, raw=raw, show_reasoning=show_reasoning)
+    _report(turn, quiet=quiet)
+
+
+def _prompt_text(prompt: str | None) -> str:
+    """The prompt of the command line, or of standard input."""
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("Missing PROMPT: give it as an argument, through a pipe, or as `-`")
+    if prompt is None or prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    if not prompt.strip():
+        raise click.UsageError("The prompt is empty")
+    return prompt
+
+
+def _sampling(
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    min_p: float | None,
+    seed: int | None,
+) -> "SamplingParams":
+    from mlx_gptoss.sampling import SamplingParams
+
+    try:
+        return SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+        )
+    except ValueError as error:  # nan and infinity pass the ranges of click
+        raise click.UsageError(str(error)) from error
+
+
+def _load(name: str) -> "tuple[Engine, float]":
+    """The engine of a model, and how long loading took."""
+    from mlx_gptoss.library import find_model
+    from mlx_gptoss.model import load_model
+    from mlx_gptoss.turn import harmony_engine
+
+    folder = find_model(name)
+    began = time.perf_counter()
+    return harmony_engine(load_model(folder)), time.perf_counter() - began
+
+
+def _render(text: str, *, system: str | None, reasoning: str) -> list[int]:
+    """Prompt tokens; today's date is told, as the models were trained with one."""
+    from mlx_gptoss import harmony
+
+    content = harmony.SystemContent(
+        effort=harmony.ReasoningEffort(reasoning), date=date.today().isoformat()
+    )
+    messages = [harmony.system(content)]
+    if system:
+        messages.append(harmony.developer(harmony.DeveloperContent(instructions=system)))
+    return harmony.render_conversation_for_completion([*messages, harmony.user(text)])
+
+
+def _turn(
+    engine: "Engine",
+    prompt: list[int],
+    sampling: "SamplingParams",
+    max_tokens: int | None,
+    quiet: bool,
+) -> "Turn":
+    from mlx_gptoss.turn import Turn
+
+    progress = Progress(quiet=quiet)
+    return Turn(
+        engine,
+        prompt,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        on_prefill=lambda done, total: progress.count("reading the prompt", done, total),
+    )
+
+
+def _print(turn: "Turn", *, raw: bool, show_reasoning: bool) -> None:
+    """Print a turn while it is written; what came is shown whatever ends it."""
+    from mlx_gptoss.cli.reply import Printer, reasoning_place
+
+    printer = Printer(reasoning_place(show_reasoning=show_reasoning))
+    try:
+        for event in turn.events():
+            printer.tokens(turn.tokens) if raw else printer.event(event)
+    finally:
+        printer.close()
+
+
+def _json(turn: "Turn", model: str, load_s: float) -> str:
+    from mlx_gptoss.cli.reply import as_json
+
+    return as_json(turn.reply(), model=model, load_s=load_s)
+
+
+def _report(turn: "Turn", *, quiet: bool) -> None:
+    """What the turn cost; and a word where the tokens ran out before the answer."""
+    from mlx_gptoss.cli.reply import stats_line
+
+    reply = turn.reply()
+    if not reply.text and reply.finish_reason == "length":
+        note("Warning: the tokens ran out before the answer began; raise --max-tokens.")
+    note(stats_line(reply), quiet=quiet)

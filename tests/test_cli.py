@@ -1,0 +1,349 @@
+"""The command line: what goes to stdout, what to stderr, and how it ends."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import click
+import pytest
+import scripted
+from click.testing import CliRunner, Result
+from tiny import write_checkpoint
+
+from mlx_gptoss import library, model
+from mlx_gptoss.cli import main
+from mlx_gptoss.convert import convert_checkpoint
+from mlx_gptoss.vocabulary import load_vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+HELP = ROOT / "tests/goldens/help"  # `python tests/test_cli.py` writes them anew
+COMMANDS = ("", *sorted(main.commands))
+
+
+def help_of(command: str) -> str:
+    arguments = [command, "--help"] if command else ["--help"]
+    return CliRunner(env={"COLUMNS": "80"}).invoke(main, arguments).stdout
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> scripted.ScriptedModel:
+    """Every model name is a model that answers `scripted.ANSWERED`."""
+    monkeypatch.setattr(library, "find_model", library.find_model)  # so that both are put back
+    monkeypatch.setattr(model, "load_model", model.load_model)
+    return scripted.install(scripted.ANSWERED)
+
+
+def run(*arguments: str, input: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=input)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_as_committed(command: str) -> None:
+    golden = HELP / f"{command or 'mlx-gptoss'}.txt"
+    assert help_of(command) == golden.read_text(), "if meant so: python tests/test_cli.py"
+
+
+def test_every_golden_has_its_command() -> None:
+    assert {path.stem for path in HELP.iterdir()} == {c or "mlx-gptoss" for c in COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_heavy_import(command: str) -> None:
+    code = (
+        "import sys; from mlx_gptoss.cli import main\n"
+        f"try: main({[command, '--help'] if command else ['--help']})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'mlx', 'numpy', 'tiktoken', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_the_answer_alone_goes_to_stdout(answering: scripted.ScriptedModel) -> None:
+    result = run("generate", "-m", "x", "What is two and two?")
+    assert result.exit_code == 0
+    assert result.stdout == "Four, naïvely: 4.\n"
+    assert re.fullmatch(
+        r"prompt \d+ tok [\d.]+ tok/s \| output 23 tok \(8 reasoning\) [\d.]+ tok/s \| "
+        r"ttft \d+\.\d\d s \| peak [\d.]+ [kMG]B \| stop\n",
+        result.stderr,
+    ), result.stderr
+
+
+def test_reasoning_goes_to_stderr_on_request(answering: scripted.ScriptedModel) -> None:
+    result = run("generate", "-m", "x", "--show-reasoning", "--quiet", "Hi")
+    assert (result.stdout, result.stderr) == ("Four, naïvely: 4.\n", "Two and two.\n")
+
+
+def test_quiet_is_quiet(answering: scripted.ScriptedModel) -> None:
+    result = run("generate", "--quiet", "Hi")
+    assert (result.stdout, result.stderr) == ("Four, naïvely: 4.\n", "")
+
+
+def test_the_demo_says_that_it_is_one(answering: scripted.ScriptedModel) -> None:
+    assert run("generate", "Hi").stderr.startswith("No --model given: this is the demo, a tiny")
+    env = {"MLX_GPTOSS_MODEL": "mine"}
+    named = CliRunner().invoke(main, ["generate", "--json", "Hi"], env=env)
+    assert "demo" not in named.stderr and json.loads(named.stdout)["model"] == "mine"
+
+
+def test_json_is_one_object_with_the_promised_fields(answering: scripted.ScriptedModel) -> None:
+    result = run("generate", "-m", "x", "--json", "--seed", "7", "Hi")
+    reply = json.loads(result.stdout)
+    assert {k: v for k, v in reply.items() if k not in ("timing", "peak_memory_bytes")} == {
+        "text": "Four, naïvely: 4.",
+        "reasoning": "Two and two.",
+        "tool_calls": [],
+        "finish_reason": "stop",
+        "usage": {
+            "prompt_tokens": len(answering.prompt),
+            "cached_tokens": 0,
+            "completion_tokens": len(scripted.tokens_of(scripted.ANSWERED)),
+            "reasoning_tokens": len(
+                scripted.tokens_of(scripted.ANSWERED.partition("<|start|>")[0])
+            ),
+        },
+        "seed": 7,
+        "model": "x",
+    }
+    assert set(reply["timing"]) == {"load_s", "ttft_s", "prefill_tok_per_s", "decode_tok_per_s"}
+    assert all(value > 0 for value in reply["timing"].values())
+    assert reply["peak_memory_bytes"] > 0
+
+
+def test_raw_shows_every_token(answering: scripted.ScriptedModel) -> None:
+    assert run("generate", "-m", "x", "--raw", "Hi").stdout == scripted.ANSWERED + "\n"
+
+
+@pytest.mark.parametrize("arguments", [["-"], []])
+def test_the_prompt_can_come_through_a_pipe(
+    answering: scripted.ScriptedModel, arguments: list[str]
+) -> None:
+    result = run("generate", "-q", *arguments, input="Grüße <|end|>\xff".encode("latin-1"))
+    assert result.exit_code == 0
+    told = load_vocabulary().decode(answering.prompt)
+    assert told.endswith(
+        "<|start|>user<|message|>Gr\ufffd\ufffde <|end|>\ufffd<|end|><|start|>assistant"
+    )
+    assert answering.prompt.count(200_007) == 2, "text of the user became a control token"
+
+
+def test_the_prompt_is_harmony_with_effort_date_and_instructions(
+    answering: scripted.ScriptedModel,
+) -> None:
+    run("generate", "--reasoning", "high", "--system", "Speak Latin.", "Hi")
+    told = load_vocabulary().decode(answering.prompt)
+    assert "\n\nReasoning: high\n\n" in told
+    assert f"\nCurrent date: {date.today().isoformat()}\n" in told
+    assert "<|start|>developer<|message|># Instructions\n\nSpeak Latin.<|end|>" in told
+    run("generate", "Hi")
+    told = load_vocabulary().decode(answering.prompt)
+    assert "Reasoning: medium" in told and "developer" not in told
+
+
+def test_tokens_that_run_out_before_the_answer_are_a_warning(
+    answering: scripted.ScriptedModel,
+) -> None:
+    result = run("generate", "-m", "x", "--max-tokens", "4", "Hi")
+    assert (result.exit_code, result.stdout) == (0, "")
+    warning, stats = result.stderr.splitlines()
+    assert warning == "Warning: the tokens ran out before the answer began; raise --max-tokens."
+    assert stats.endswith("| length")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "--raw", "--json", "Hi"], "--raw and --json exclude each other"),
+        (["generate", "  "], "The prompt is empty"),
+        (["generate", "--temperature", "-1", "Hi"], "-1.0 is not in the range x>=0"),
+        (
+            ["generate", "--temperature", "nan", "Hi"],
+            "temperature: expected a number >= 0, got nan",
+        ),
+        (["generate", "--top-p", "0", "Hi"], "0.0 is not in the range 0<x<=1"),
+        (["generate", "--top-k", "0", "Hi"], "0 is not in the range x>=1"),
+        (["generate", "--min-p", "1", "Hi"], "1.0 is not in the range 0<=x<1"),
+        (["generate", "--seed", "-3", "Hi"], "-3 is not in the range"),
+        (["generate", "--max-tokens", "0", "Hi"], "0 is not in the range x>=1"),
+        (["generate", "--reasoning", "huge", "Hi"], "'huge' is not one of 'low', 'medium', 'high'"),
+        (["generate", "--no-such", "Hi"], "--no-such"),
+        (["generate", "two", "words"], "Got unexpected extra argument (words)"),
+        (["info"], "Missing argument 'MODEL'"),
+        (["no-such-command"], "No such command 'no-such-command'"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line_and_exit_2(arguments: list[str], says: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith("Error: ") and says in line
+    assert re.search(r"; see `mlx-gptoss.*--help`$", line)
+
+
+def test_no_arguments_show_the_help() -> None:
+    result = run()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == help_of("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "-m", "20b", "Hi"], "run `mlx-gptoss download 20b` (13.8 GB, "),
+        (["info", "no/such"], "run `mlx-gptoss download no/such`"),
+        (["info", "nonsense"], "nonsense: expected demo, 20b, 120b, a folder or a hub id"),
+        (
+            ["download", "--offline", "120b"],
+            "openai/gpt-oss-120b at main: offline, and not in the ",
+        ),
+        (["download", "nonsense"], "expected a hub id like openai/gpt-oss-20b, got 'nonsense'"),
+    ],
+)
+def test_a_failure_is_one_line_and_exit_1(arguments: list[str], says: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("No --model")]
+    assert line.startswith("Error: ") and says in line
+
+
+def test_a_model_of_another_vocabulary_is_refused(
+    answering: scripted.ScriptedModel,
+) -> None:
+    answering.config.vocab_size = 1024
+    result = run("generate", "-m", "x", "Hi")
+    assert result.exit_code == 1
+    assert "vocab_size: expected 201088, the vocabulary of gpt-oss, got 1024" in result.stderr
+
+
+def test_info_tells_sizes_formats_origin_and_hashes(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny-source", layers=3)
+    convert_checkpoint(source, tmp_path / "model")
+    told = run("info", "--hashes", "--quiet", str(tmp_path / "model"))
+    assert (told.exit_code, told.stderr) == (0, "")
+    lines = dict(line.strip().split(maxsplit=1) for line in told.stdout.splitlines())
+    assert lines["layers"] == "3: 2 with a window of 128, 1 full"
+    assert lines["width"] == "192, 8 query and 2 K,V heads of 64"
+    assert lines["experts"].endswith("mxfp4")
+    assert lines["origin"].startswith("tiny-source (") and lines["origin"].endswith(", verified")
+    assert lines["hashes"].endswith("files, all as converted")
+    facts = json.loads(run("info", "--json", str(tmp_path / "model")).stdout)
+    assert facts["config"]["num_hidden_layers"] == 3
+    assert sum(part["bytes"] for part in facts["parts"].values()) == facts["total_bytes"]
+    assert facts["manifest"]["options"] == {"dense": "bf16"} and facts["intact_files"] is None
+
+
+def test_info_of_a_source_folder_names_the_converter(tmp_path: Path) -> None:
+    result = run("info", str(write_checkpoint(tmp_path / "source", layers=2)))
+    assert result.exit_code == 1 and "mlx-gptoss convert" in result.stderr
+
+
+def start(script: str, *arguments: str, **options: object) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tests/scripted.py"), script, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"} | dict(options.pop("env", {}))  # type: ignore[call-overload]
+    return subprocess.Popen(command, env=env, **options)  # type: ignore[call-overload]
+
+
+def on_terminal(script: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and what a terminal shows, stdout and stderr as they come."""
+    parent, child = pty.openpty()
+    process = start(script, *arguments, stdin=child, stdout=child, stderr=child, env=env or {})
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(parent, 65_536)
+        except OSError:  # how Linux says that the last writer is gone
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(parent)
+    return process.wait(60), shown.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_reasoning_dimmed_before_the_answer() -> None:
+    code, shown = on_terminal("answered", "generate", "--quiet", "Hi")
+    assert code == 0
+    assert re.fullmatch(r"(\x1b\[2m[^\x1b]+\x1b\[0m)+\n\nFour, naïvely: 4\.\n", shown), repr(shown)
+    plain = re.sub(r"\x1b\[\d+m", "", shown)
+    assert plain == "Two and two.\n\nFour, naïvely: 4.\n"
+
+
+def test_no_color_is_honoured_on_a_terminal() -> None:
+    code, shown = on_terminal("answered", "generate", "--quiet", "Hi", env={"NO_COLOR": "1"})
+    assert (code, shown) == (0, "Two and two.\n\nFour, naïvely: 4.\n")
+
+
+def test_a_terminal_is_not_steered_by_the_model() -> None:
+    code, shown = on_terminal("steering", "generate", "--quiet", "Hi")
+    assert (code, shown) == (0, "a\ufffd[31mb\ufffd\ufffdc\n\td\n")
+    piped = run_process("steering", "generate", "--quiet", "Hi")
+    assert piped.stdout == b"a\x1b[31mb\r\x07c\n\td\n", "a pipe gets what the model wrote"
+
+
+def run_process(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    with start(script, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+               stdin=subprocess.DEVNULL) as process:  # fmt: skip
+        out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_a_prompt_is_asked_for_where_none_can_come() -> None:
+    code, shown = on_terminal("answered", "generate")
+    assert code == 2
+    assert shown.startswith(
+        "Error: Missing PROMPT: give it as an argument, through a pipe, or as `-`"
+    )
+
+
+def test_ctrl_c_shows_what_came_and_exits_130() -> None:
+    process = start("slow", "generate", "-m", "x", "Count", stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout and process.stderr
+    began = time.monotonic()
+    first = process.stdout.read(4)
+    assert time.monotonic() - began < 60 and first == b"One,", "the answer does not stream"
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.endswith(b"\n") and b"more, more, more, more, more, more, more, more" not in rest
+    assert err.strip() == b"", err
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    """As in `mlx-gptoss generate ... | head -c 3`."""
+    process = start("slow", "generate", "--quiet", "Count", stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout and process.stderr
+    assert process.stdout.read(3) == b"One"
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1 and err == b"", err
+    process.stderr.close()
+
+
+def test_commands_are_short_and_documented() -> None:
+    for name, command in main.commands.items():
+        assert isinstance(command, click.Command) and command.help, name
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help and option.help.endswith("."), f"{name} {option.opts}"
+
+
+def write_help(commands: Sequence[str] = COMMANDS) -> None:
+    HELP.mkdir(parents=True, exist_ok=True)
+    for command in commands:
+        (HELP / f"{command or 'mlx-gptoss'}.txt").write_text(help_of(command))
+
+
+if __name__ == "__main__":
+    write_help()
