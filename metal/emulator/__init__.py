@@ -10,6 +10,7 @@ from mlx_gptoss.metal.emulator.launch import Kernel, KernelFault
 from mlx_gptoss.metal.emulator.report import CHECKS, Counts, Finding, Report, Traffic
 from mlx_gptoss.metal.emulator.source import read_metal
 from mlx_gptoss.metal.emulator.standin import Session, emulate, emulated_metal_kernel
+from mlx_gptoss.metal.emulator.strict import check_strict
 
 __all__ = [
     "CHECKS",
@@ -23,6 +24,7 @@ __all__ = [
     "Report",
     "Session",
     "Traffic",
+    "check_strict",
     "emulate",
     "emulated_metal_kernel",
     "read_metal",

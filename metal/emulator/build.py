@@ -32,19 +32,26 @@ class CompileError(EmulatorError):
     """A kernel does not compile; the message names the lines of the .metal file."""
 
 
-_COMMON = (
-    "-std=c++17", "-fPIC", "-shared", "-nostdlib++", "-fno-exceptions", "-fno-rtti",
-    "-fno-stack-protector", "-fno-threadsafe-statics", "-fno-sanitize=undefined",
+_LANGUAGE = (
+    "-std=c++17", "-nostdlib++", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
+    "-fno-sanitize=undefined",
+)  # fmt: skip
+_LIBRARY = ("-fPIC", "-shared", "-fno-stack-protector", "-lm")
+_DIAGNOSTICS = (
+    "-Wno-everything", "-Werror=return-type", "-ferror-limit=8", "-fno-caret-diagnostics",
 )  # fmt: skip
 _KERNEL = (
-    "-O2", "-gline-tables-only", "-gdwarf-4", "-Wno-everything", "-Werror=return-type",
-    "-ferror-limit=8", "-fno-caret-diagnostics",
+    "-O2", "-gline-tables-only", "-gdwarf-4", *_DIAGNOSTICS,
     # Metal has no double: literals are float, 16-bit arithmetic rounds at every step.
     "-cl-single-precision-constant", "-Xclang", "-fbfloat16-excess-precision=none",
     "-Xclang", "-ffloat16-excess-precision=none", "-ffp-contract=on", "-fno-math-errno",
     # Loads must stay what the source says: no merging, no narrowing.
     "-fno-strict-aliasing", "-fno-vectorize", "-fno-slp-vectorize",
     "-mllvm", "-disable-vector-combine", "-mllvm", "-aggressive-instcombine-max-scan-instrs=0",
+)  # fmt: skip
+_PTX = (
+    "-S", "-O3", "-gline-tables-only", "-ffreestanding", "-nostdlibinc", *_DIAGNOSTICS,
+    "-cl-single-precision-constant", "-ffp-contract=on", "-fno-math-errno",
 )  # fmt: skip
 _INSTRUMENTED = (
     "-fsanitize=kernel-address", "-mllvm", "-asan-instrumentation-with-call-threshold=0",
@@ -86,35 +93,53 @@ def build_kernel(text: str, *, name: str, mode: Mode) -> Path:
     return _build(f"#include <metal_stdlib>\n{text}", name=name, flags=flags)
 
 
+def build_strict(text: str) -> None:
+    """Compile prepared source with real address spaces; raises CompileError where they clash."""
+    flags = ("-O0", "-DMSL_STRICT", *_DIAGNOSTICS, "-cl-single-precision-constant")
+    _build(f"#include <metal_stdlib>\n{text}", name="strict", flags=flags)
+
+
+def build_ptx(text: str, *, name: str, arch: str) -> str:
+    """Compile prepared source with a PTX entry point to PTX.
+
+    Raises:
+        CompileError: It does not compile, or the compiler has no NVPTX back end.
+    """
+    flags = (*_PTX, *find_compiler().ptx_target(arch))
+    text = f"#define MSL_PTX 1\n#include <metal_stdlib>\n{text}"
+    return _build(text, name=name, flags=flags, suffix=".ptx").read_text()
+
+
 def build_runtime() -> Path:
     """Compile the fiber runtime to a shared library."""
     text = (header_folder() / "runtime" / "runtime.cpp").read_text()
     return _build(text, name="runtime", flags=("-O2",))
 
 
-def _build(text: str, *, name: str, flags: tuple[str, ...]) -> Path:
+def _build(text: str, *, name: str, flags: tuple[str, ...], suffix: str = ".so") -> Path:
     compiler = find_compiler()
-    includes = tuple(f"-I{header_folder() / sub}" for sub in ("msl", "runtime"))
-    flags = (*_COMMON, *machine_flag(zig=compiler.is_zig), *flags)
+    host = (*_LIBRARY, *machine_flag(zig=compiler.is_zig)) if suffix == ".so" else ()
+    flags = (*_LANGUAGE, *flags, *host)
     key = hashlib.sha256("\0".join((text, *flags, compiler.version, _headers_hash())).encode())
     stem = re.sub(r"\W+", "_", name)[:60]
-    library = cache_folder() / f"{stem}-{key.hexdigest()[:20]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, text, name=name, flags=(*flags, *includes), library=library)
-    return library
+    product = cache_folder() / f"{stem}-{key.hexdigest()[:20]}{suffix}"
+    if not product.exists():
+        product.parent.mkdir(parents=True, exist_ok=True)
+        includes = (f"-I{header_folder() / 'msl'}", f"-I{header_folder() / 'runtime'}")
+        _compile(compiler, text, name=name, flags=(*includes, *flags), product=product)
+    return product
 
 
 def _compile(
-    compiler: Compiler, text: str, *, name: str, flags: tuple[str, ...], library: Path
+    compiler: Compiler, text: str, *, name: str, flags: tuple[str, ...], product: Path
 ) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
-        program, output = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+    with tempfile.TemporaryDirectory(dir=product.parent, prefix="building-") as folder:
+        program, output = Path(folder) / "kernel.cpp", Path(folder) / f"kernel{product.suffix}"
         program.write_text(text, encoding="utf-8")
-        result = compiler.run(*flags, str(program), "-o", str(output), "-lm")
+        result = compiler.run(str(program), *flags, "-o", str(output))
         if result.returncode or not output.exists():
             raise CompileError(f"kernel {name!r} does not compile:\n{_diagnostics(result.stderr)}")
-        os.replace(output, library)
+        os.replace(output, product)
 
 
 def _diagnostics(stderr: str) -> str:

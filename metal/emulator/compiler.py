@@ -46,6 +46,13 @@ class Compiler:
         """Whether zig's driver wraps the clang, with spellings of its own."""
         return self.command[-1] == "c++" and "zig" in Path(self.command[0]).name
 
+    def ptx_target(self, arch: str) -> tuple[str, ...]:
+        """Flags for NVIDIA's architecture `arch`, such as "sm_90"."""
+        if self.is_zig:
+            return ("--target=nvptx64-cuda", f"-mcpu={arch}+ptx78")
+        return ("--target=nvptx64-nvidia-cuda", "-Xclang", "-target-cpu", "-Xclang", arch,
+                "-Xclang", "-target-feature", "-Xclang", "+ptx78")  # fmt: skip
+
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the compiler; the caller looks at the exit status."""
         return _run([*self.command, *arguments])

@@ -125,18 +125,29 @@ def binding_prelude(instance: str) -> str:
     )
 
 
+def bound(number: int, parameter: Parameter, *, buffer: str, thread: str) -> str:
+    """C++ of the argument for a parameter.
+
+    Args:
+        number: Its position.
+        parameter: What it is.
+        buffer: C++ of the buffer's address.
+        thread: C++ that, before a member's name, reads it from the thread.
+    """
+    if parameter.kind == "thread":
+        return f"emu_bind<{_type(number)}>::value({thread}{parameter.member})"
+    return f"emu_bind<{_type(number)}>::pointer({buffer})"
+
+
 def entry_point(parameters: list[Parameter], instance: str) -> str:
     """C++ of `emu_entry`, which calls the kernel for the running thread, and of its description."""
     arguments = []
     for number, p in enumerate(parameters):
-        if p.kind == "thread":
-            arguments.append(f"emu_bind<{_type(number)}>::value(t->{p.member})")
-        else:
-            table = "buffers" if p.kind == "buffer" else "threadgroup_buffers"
-            arguments.append(f"emu_bind<{_type(number)}>::pointer(t->{table}[{p.index}])")
+        table = "buffers" if p.kind == "buffer" else "threadgroup_buffers"
+        arguments.append(bound(number, p, buffer=f"t->{table}[{p.index}]", thread="t->"))
     described = ", ".join(f"emu_describe<{_type(n)}>::value" for n in range(len(parameters)))
     return (
-        binding_prelude(instance) + f'extern "C" {{ extern const EmuParameter emu_parameters[]; '
+        f'{binding_prelude(instance)}extern "C" {{ extern const EmuParameter emu_parameters[];\n'
         f"const EmuParameter emu_parameters[] = {{ {described} }};\n"
         f"void emu_entry() {{ EmuThread* t = emu_thread;\n"
         f"{instance}({', '.join(arguments)});\n}} }}\n"

@@ -55,6 +55,7 @@ class Session:
         threadgroups: How many threadgroups of each launch run, evenly spread; None for all.
         allow: Checks that do not count.
         reports: One for each launch, in order.
+        sources: Metal source of each kernel by its host name, for `check_strict` and `ptx.build`.
     """
 
     mode: Mode = Mode.INSTRUMENTED
@@ -62,6 +63,7 @@ class Session:
     threadgroups: int | None = None
     allow: tuple[str, ...] = ()
     reports: list[Report] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 _sessions: list[Session] = []
@@ -168,7 +170,8 @@ class EmulatedKernel:
             "init_value": init_value,
         }
         function, text = self.generated(arrays, options)
-        kernel = compiled(PRELUDE + text, function, session.mode)
+        kernel = compiled(text, function, session.mode)
+        session.sources[function] = text
         buffers = self._inputs(arrays, {p.name for p in kernel.buffers})
         outputs = {n: _output(shape_of[n], dtype_of[n], init_value) for n in self.output_names}
         x, y, z = (min(t, g) for t, g in zip(threadgroup, grid, strict=True))  # as MLX does
@@ -193,7 +196,7 @@ class EmulatedKernel:
         key = (kinds, str(options["template"]), str(options["output_dtypes"]))
         if key not in self._generated:
             function, text = _exported(self.made, arrays, options)
-            self._generated[key] = function, self._with_lines(text)
+            self._generated[key] = function, PRELUDE + self._with_lines(text)
         return self._generated[key]
 
     def _with_lines(self, text: str) -> str:

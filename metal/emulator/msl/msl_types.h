@@ -7,7 +7,7 @@
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
-#elif !defined(MSL_PTX)  // PTX headers need the word in __attribute__((device)): see msl_ptx.h
+#else
 #define device
 #define constant
 #define threadgroup
