@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from mlx_gptoss._version import __version__
+from mlx_gptoss.cli.convert import convert
 from mlx_gptoss.cli.download import download
 from mlx_gptoss.cli.generate import generate
 from mlx_gptoss.cli.info import info
@@ -62,5 +63,5 @@ def main() -> None:
     """Run OpenAI's gpt-oss models on a Mac: offline, exact, fast."""
 
 
-for _command in (generate, download, info):
+for _command in (generate, download, convert, info):
     main.add_command(_command)
