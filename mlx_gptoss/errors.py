@@ -69,3 +69,7 @@ class KernelError(GptOssError):
 
 class EmulatorError(GptOssError):
     """The Metal emulator found a fault in a kernel, or cannot run at all."""
+
+
+class MachineError(GptOssError):
+    """A chip or a memory size that no Mac has, or a request that does not fit the memory."""

@@ -14,7 +14,7 @@ from mlx_gptoss.errors import CheckpointError, VerificationError
 PIECE_BYTES = 4 << 20
 
 # The first pattern found in a tensor's name says which part it belongs to.
-_PARTS = {
+PARTS = {
     ".mlp.experts.": "experts",
     ".self_attn.": "attention",
     "embed_tokens.": "embedding",
@@ -39,15 +39,20 @@ class Part:
 
 def parts(checkpoint: Checkpoint) -> dict[str, Part]:
     """The parts of a model, largest first."""
-    nbytes: dict[str, int] = dict.fromkeys(_PARTS.values(), 0)
+    nbytes: dict[str, int] = dict.fromkeys(PARTS.values(), 0)
     formats: dict[str, set[str]] = {name: set() for name in nbytes}
     for tensor, entry in checkpoint.tensors.items():
-        part = next(part for pattern, part in _PARTS.items() if pattern in tensor)
+        part = part_of(tensor)
         nbytes[part] += entry.spec.nbytes
         if tensor.endswith(".weight"):
             formats[part].add(_format(checkpoint, tensor.removesuffix(".weight")))
     order = sorted(nbytes, key=lambda part: -nbytes[part])
     return {p: Part(nbytes=nbytes[p], stored_as=tuple(sorted(formats[p]))) for p in order}
+
+
+def part_of(tensor: str) -> str:
+    """The part that a tensor belongs to, by its converted name."""
+    return next(part for pattern, part in PARTS.items() if pattern in tensor)
 
 
 def _format(checkpoint: Checkpoint, module: str) -> str:

@@ -17,6 +17,7 @@ from mlx_gptoss.cli.convert import convert
 from mlx_gptoss.cli.download import download
 from mlx_gptoss.cli.generate import generate
 from mlx_gptoss.cli.info import info
+from mlx_gptoss.cli.plan import plan
 from mlx_gptoss.errors import GptOssError
 
 
@@ -63,5 +64,5 @@ def main() -> None:
     """Run OpenAI's gpt-oss models on a Mac: offline, exact, fast."""
 
 
-for _command in (generate, download, convert, info):
+for _command in (generate, download, convert, info, plan):
     main.add_command(_command)

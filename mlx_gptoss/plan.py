@@ -1,0 +1,292 @@
+"""Will it fit: the bytes that a model, its context and a prompt need, before anything is loaded.
+
+gpt-oss has few shapes, so weights and K,V are counted exactly, tensor by tensor and position by
+position. Only the scratch memory of a prompt's chunk is an estimate, with coefficients measured on
+the CPU and checked against `mx.get_peak_memory` in the tests. On Metal no peak has been measured:
+there activations are half as wide and full attention holds no scores, so the same coefficients are
+meant as an upper bound.
+
+A plan knows no machine; `judge` holds it against a limit, and `options` says what would fit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+
+from mlx_gptoss.attention import QUERY_BLOCK
+from mlx_gptoss.cache import GROWTH, RECENT
+from mlx_gptoss.checkpoint import MXFP4, Quantization, expected_tensors, linear_modules
+from mlx_gptoss.chips import CHIPS, GIB, default_working_set_bytes
+from mlx_gptoss.config import FULL, ModelConfig
+from mlx_gptoss.engine import PREFILL_CHUNK
+from mlx_gptoss.errors import MachineError
+from mlx_gptoss.model_info import PARTS, part_of
+
+DENSE_FORMATS = ("bf16", "q8", "q4")  # of the converter, most exact first
+MIN_CONTEXT = 1024  # less is no conversation: the system message alone takes about 100
+BF16 = 2  # bytes
+F32 = 4
+MIB = 2**20
+
+# Measured with `mx.get_peak_memory` on models of 64 to 2880 columns and chunks of 256 and 512: MLX
+# runs ahead of its workers, so nearly all arrays of a block are alive together.
+MOE_BYTES_PER_HIDDEN = 39  # for each (token, expert) pair and each of D columns
+MOE_BYTES_PER_INTER = 32  # the same for each of H columns
+BLOCK_BYTES_PER_HIDDEN = 9  # for each token and each of D columns: the residual stream
+WINDOW_SCORES = 4.5  # float32 score arrays alive in a sliding layer
+FULL_SCORES = 3.1  # the same in a full layer on the CPU, for each block of QUERY_BLOCK queries;
+FULL_SCORES_MOST = 15  # blocks of one chunk are computed together, up to so many arrays
+LOGIT_ARRAYS = 5  # float32 arrays of V while a token is sampled
+
+
+def dense_quantization(config: ModelConfig, dense: str) -> dict[str, Quantization]:
+    """How the converter packs every module for `--dense FORMAT`: MXFP4 experts, never the router.
+
+    Args:
+        config: sizes of the model.
+        dense: one of `DENSE_FORMATS`.
+
+    Returns:
+        Module path to packing, as `checkpoint.expected_tensors` takes it.
+
+    Raises:
+        MachineError: no such format.
+    """
+    if dense not in DENSE_FORMATS:
+        expected = ", ".join(DENSE_FORMATS)
+        raise MachineError(f"dense: expected one of {expected}; got {dense!r}")
+    packed: dict[str, Quantization] = {}
+    for module in linear_modules(config):
+        if ".experts." in module:
+            packed[module] = MXFP4
+        elif dense != "bf16" and not module.endswith(".router"):
+            packed[module] = Quantization(64, int(dense[1:]), "affine")
+    return packed
+
+
+def weight_bytes(config: ModelConfig, packing: Mapping[str, Quantization]) -> dict[str, int]:
+    """Bytes of the weights by part, exactly what the converted files hold without headers."""
+    parts = dict.fromkeys(PARTS.values(), 0)
+    for name, spec in expected_tensors(config, packing).items():
+        parts[part_of(name)] += spec.nbytes
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What one model with one batch of contexts needs; every figure is in bytes.
+
+    `fused_attention` is True for Metal, where full attention holds no scores.
+    """
+
+    config: ModelConfig
+    packing: Mapping[str, Quantization] = field(repr=False)
+    context: int
+    batch: int = 1
+    chunk: int = PREFILL_CHUNK
+    snapshots: int = 0
+    fused_attention: bool = True
+
+    def __post_init__(self):
+        most = self.config.max_position_embeddings
+        for name, value, low, high in (
+            ("context", self.context, 1, most),
+            ("batch", self.batch, 1, 1024),
+            ("chunk", self.chunk, 1, most),
+            ("snapshots", self.snapshots, 0, 2**20),
+        ):
+            if not low <= value <= high:
+                raise MachineError(f"{name}: expected {low} to {high}, got {value}")
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """By part."""
+        return weight_bytes(self.config, self.packing)
+
+    @property
+    def row_bytes(self) -> int:
+        """Keys and values of one position in one layer."""
+        return 2 * self.config.num_key_value_heads * self.config.head_dim * BF16
+
+    @property
+    def full_layers(self) -> int:
+        """Layers whose cache grows with the context."""
+        return self.config.layer_types.count(FULL)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """One saved point of a conversation: the rings of the sliding layers."""
+        sliding = self.config.num_hidden_layers - self.full_layers
+        return self.batch * sliding * self.config.sliding_window * self.row_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What one more position costs, once the window is full."""
+        return self.batch * self.full_layers * self.row_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Rings, and the full layers' stores with the free capacity they have at `context`."""
+        positions = capacity(self.context, self.chunk) + RECENT
+        return self.snapshot_bytes + positions * self.kv_bytes_per_token
+
+    @property
+    def prefill_bytes(self) -> int:
+        """Scratch of the last chunk: its largest block, and a store's growth."""
+        c, tokens = self.config, self.batch * min(self.chunk, self.context)
+        pairs = tokens * c.num_experts_per_tok
+        experts = pairs * (
+            MOE_BYTES_PER_HIDDEN * c.hidden_size + MOE_BYTES_PER_INTER * c.intermediate_size
+        )
+        scores = F32 * c.num_attention_heads
+        window = int(WINDOW_SCORES * tokens * 2 * c.sliding_window * scores)
+        full = 0 if self.fused_attention else self._full_score_bytes
+        stream = BLOCK_BYTES_PER_HIDDEN * tokens * c.hidden_size
+        growth = self.batch * self.row_bytes * capacity(self.context, self.chunk)
+        return max(experts, window, full) + stream + growth
+
+    @property
+    def _full_score_bytes(self) -> int:
+        """Scores of the last chunk in a full layer, where they are held: on the CPU."""
+        tokens = min(self.chunk, self.context)
+        ends = range(self.context - tokens + QUERY_BLOCK, self.context + 1, QUERY_BLOCK)
+        keys = FULL_SCORES * sum(ends) + self.context
+        keys = min(keys, FULL_SCORES_MOST * self.context)
+        queries = self.batch * min(QUERY_BLOCK, tokens)
+        return int(keys * queries * self.config.num_attention_heads * F32)
+
+    @property
+    def decode_bytes(self) -> int:
+        """Scratch of one decoded token: logits, and one layer's keys and values in float32."""
+        wide = 2 * self.row_bytes * self.context
+        return self.batch * (LOGIT_ARRAYS * F32 * self.config.vocab_size + wide)
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: everything that stays, and the larger of the two scratches."""
+        stays = sum(self.weights.values()) + self.kv_bytes + self.snapshots * self.snapshot_bytes
+        return stays + max(self.prefill_bytes, self.decode_bytes)
+
+
+def capacity(positions: int, chunk: int) -> int:
+    """Positions that a full layer's store has room for after a prompt, read chunk by chunk.
+
+    Follows `cache.FullCache`: room grows by an eighth or by `GROWTH`, in whole steps of `GROWTH`.
+    """
+    room = 0
+    for start in range(0, positions, chunk):
+        needed = min(start + chunk, positions)
+        if needed > room:
+            target = max(needed, room + max(GROWTH, room // 8))
+            room = -(-target // GROWTH) * GROWTH
+    return room
+
+
+def max_context(plan: MemoryPlan, limit_bytes: int) -> int:
+    """The longest context, in tokens, within a limit; 0 if the weights alone exceed it."""
+    low, high = 0, plan.config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        if replace(plan, context=middle).total_bytes <= limit_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A change that makes a request fit, what it costs, and the peak that then results."""
+
+    change: str
+    cost: str
+    total_bytes: int
+
+
+class Verdict(StrEnum):
+    """What a limit says to a plan."""
+
+    FITS = "fits"
+    SHORTER = "fits with a shorter context"
+    NO = "does not fit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A plan held against a limit; `max_context` is 0 where not even the weights fit."""
+
+    limit_bytes: int
+    max_context: int
+    verdict: Verdict
+    options: tuple[Option, ...]
+
+
+def judge(plan: MemoryPlan, *, limit_bytes: int, memory_bytes: int | None = None) -> Judgement:
+    """Hold a plan against what the GPU may use.
+
+    Args:
+        plan: what is wanted.
+        limit_bytes: what the GPU may use, `Machine.gpu_limit_bytes`.
+        memory_bytes: of the whole Mac, whose limit can be raised; None where it cannot.
+
+    Returns:
+        The verdict; where it is not "fits", with the options that would, cheapest first.
+    """
+    longest = max_context(plan, limit_bytes)
+    if plan.context <= longest:
+        verdict = Verdict.FITS
+    else:
+        verdict = Verdict.SHORTER if longest >= MIN_CONTEXT else Verdict.NO
+    options = () if verdict is Verdict.FITS else tuple(_options(plan, limit_bytes, memory_bytes))
+    return Judgement(limit_bytes=limit_bytes, max_context=longest, verdict=verdict, options=options)
+
+
+def _options(plan: MemoryPlan, limit: int, memory: int | None) -> Iterator[Option]:
+    """Every change that suffices: first those that leave the answers as they are."""
+    yield from _within(plan, limit, memory, change="", cost="")
+    for dense in DENSE_FORMATS[1:]:
+        smaller = replace(plan, packing=dense_quantization(plan.config, dense))
+        if smaller.total_bytes < plan.total_bytes:
+            cost = f"attention and embeddings in {dense[1:]} bits: not lossless; convert again"
+            if smaller.total_bytes <= limit:
+                yield Option(change=f"--dense {dense}", cost=cost, total_bytes=smaller.total_bytes)
+                return
+            yield from _within(
+                smaller, limit, memory, change=f"--dense {dense} and ", cost=f"{cost}; "
+            )
+    if memory is not None and (enough := _smallest_mac_gib(plan)):
+        yield Option(
+            change=f"a Mac with {enough} GB", cost="as it is", total_bytes=plan.total_bytes
+        )
+
+
+def _within(
+    plan: MemoryPlan, limit: int, memory: int | None, *, change: str, cost: str
+) -> Iterator[Option]:
+    """A higher limit, and a shorter context, for one format of the weights."""
+    if memory is not None and (raised := _raised_limit_mib(plan, memory)):
+        left = (memory - raised * MIB) / GIB
+        yield Option(
+            change=f"{change}sudo sysctl iogpu.wired_limit_mb={raised}",
+            cost=f"{cost}until the next restart; leaves {left:.1f} GiB to everything else",
+            total_bytes=plan.total_bytes,
+        )
+    if (longest := max_context(plan, limit)) >= MIN_CONTEXT:
+        yield Option(
+            change=f"{change}--context {longest}",
+            cost=f"{cost}shorter conversations",
+            total_bytes=replace(plan, context=longest).total_bytes,
+        )
+
+
+def _raised_limit_mib(plan: MemoryPlan, memory: int) -> int | None:
+    """A limit that holds the plan and leaves an eighth of the memory, at least 4 GiB, to macOS."""
+    needed = -(-plan.total_bytes // MIB)
+    return needed if needed * MIB <= memory - max(memory // 8, 4 * GIB) else None
+
+
+def _smallest_mac_gib(plan: MemoryPlan) -> int | None:
+    sizes = sorted({gib for chip in CHIPS for gib in chip.memory_gib})
+    fits = (gib for gib in sizes if default_working_set_bytes(gib * GIB) >= plan.total_bytes)
+    return next(fits, None)

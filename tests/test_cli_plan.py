@@ -1,0 +1,72 @@
+"""`mlx-gptoss plan`: verdicts in words, JSON and exit codes."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from tiny import write_checkpoint
+
+from mlx_gptoss.cli import main
+from mlx_gptoss.convert import convert_checkpoint
+
+
+def plan(*arguments: str):
+    return CliRunner().invoke(main, ["plan", *arguments])
+
+
+def test_a_mac_that_is_large_enough():
+    result = plan("20b", "--memory", "32G")
+    assert result.exit_code == 0
+    assert "a Mac with 32 GB: the GPU may use 22.9 GB: fits, up to 131072 tokens" in result.output
+    assert "weights    13.8 GB" in result.output and "24.6 kB a token" in result.output
+
+
+def test_one_that_is_not():
+    result = plan("20b", "--memory", "16")
+    assert result.exit_code == 1
+    assert "a Mac with 16 GB: the GPU may use 11.5 GB: does not fit" in result.output
+    assert "--dense q4 and sudo sysctl iogpu.wired_limit_mb=" in result.output
+
+
+def test_every_memory_size_of_a_chip_as_json():
+    result = plan("openai/gpt-oss-120b", "--chip", "m4 max", "--context", "32768", "--json")
+    assert result.exit_code == 0
+    machines = {m["machine"]: m["verdict"] for m in json.loads(result.output)["machines"]}
+    assert machines == {
+        "Apple M4 Max with 36 GB": "does not fit",
+        "Apple M4 Max with 48 GB": "does not fit",
+        "Apple M4 Max with 64 GB": "does not fit",
+        "Apple M4 Max with 128 GB": "fits",
+    }
+
+
+def test_a_folder_on_this_machine_as_it_was_converted(tmp_path):
+    source = write_checkpoint(tmp_path / "source", layers=2)
+    convert_checkpoint(source, tmp_path / "model", dense="q8")
+    facts = json.loads(plan(str(tmp_path / "model"), "--json").output)
+    dense = json.loads(plan(str(tmp_path / "model"), "--dense", "bf16", "--json").output)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert sum(facts["weights_bytes"].values()) == index["metadata"]["total_size"]
+    assert facts["weights_bytes"]["embedding"] == dense["weights_bytes"]["embedding"] * 8.5 / 16
+    assert facts["machines"][0]["verdict"] == "fits"
+    assert facts["context"] == 8192
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--memory", "lots"], 2, "Error: --memory: expected a size such as 16G, got 'lots'; see"),
+        (["--memory", "0G"], 2, "Error: --memory: expected a size such as 16G, got '0G'; see"),
+        (["--chip", "M9"], 1, "Error: chip: expected one of M1, "),
+        (
+            ["--chip", "M4 Pro", "--memory", "32G"],
+            1,
+            "Error: --memory: M4 Pro has 24, 48, 64 GB; got '32G'",
+        ),
+        (["--context", "131073"], 1, "Error: context: expected 1 to 131072, got 131073"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, code, message):
+    result = plan("20b", *arguments)
+    assert result.exit_code == code
+    assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
