@@ -120,7 +120,7 @@ def without_old_analysis(messages: Sequence[Message]) -> list[Message]:
     last_user = users[-1] if users else 0
     answers = [i for i in range(last_user) if _is_answer(messages[i])]
     last_answer = answers[-1] if answers else 0
-    return [m for i, m in enumerate(messages) if i >= last_answer or not _is_reasoning(m)]
+    return [m for i, m in enumerate(messages) if i >= last_answer or not is_reasoning(m)]
 
 
 def render_message(
@@ -160,16 +160,17 @@ def has_function_tools(messages: Iterable[Message]) -> bool:
     )
 
 
-def _is_answer(message: Message) -> bool:
-    return message.role == Role.ASSISTANT and message.channel == Channel.FINAL
-
-
-def _is_reasoning(message: Message) -> bool:
+def is_reasoning(message: Message) -> bool:
+    """Say whether a message is reasoning that a later turn drops (analysis to nobody)."""
     return (
         message.role == Role.ASSISTANT
         and message.channel == Channel.ANALYSIS
         and message.recipient is None
     )
+
+
+def _is_answer(message: Message) -> bool:
+    return message.role == Role.ASSISTANT and message.channel == Channel.FINAL
 
 
 def _as_history(sampled: tuple[int, ...]) -> list[int]:
