@@ -1,14 +1,24 @@
 """Tool names: identifiers for the model, and the way back."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gptoss.errors import HarmonyError
-from mlx_gptoss.harmony import BROWSER, PYTHON, HarmonyParser, ToolCallDone, ToolDescription
-from mlx_gptoss.harmony.messages import function_tools, tool_call
-from mlx_gptoss.harmony.names import identifiers, recipients
-from mlx_gptoss.harmony.render import render_message
+from mlx_gptoss.harmony import (
+    BROWSER,
+    PYTHON,
+    HarmonyParser,
+    Toolbox,
+    ToolCallDone,
+    ToolDescription,
+    function_tools,
+    render_message,
+    tool_call,
+)
+from mlx_gptoss.harmony.names import identifiers
 
 
 def test_other_characters_and_clashes() -> None:
@@ -22,18 +32,17 @@ def test_other_characters_and_clashes() -> None:
     }
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(min_size=1, max_size=12), unique=True))
 def test_every_name_comes_back_from_a_rendered_call(names: list[str]) -> None:
-    chosen = identifiers(names)
-    assert len(set(chosen.values())) == len(names)
-    tools = function_tools(*(ToolDescription(name=name) for name in chosen.values()))
-    back = recipients([tools], chosen)
-    for name, identifier in chosen.items():
-        sampled = render_message(tool_call(f"functions.{identifier}", "{}"))
-        parser = HarmonyParser(back)
+    toolbox = Toolbox(ToolDescription(name=name) for name in names)
+    assert sorted(toolbox.recipients.values()) == sorted(names)
+    for name in names:
+        recipient = toolbox.recipient(name)
+        sampled = render_message(tool_call(recipient, "{}"))
+        parser = HarmonyParser(toolbox.recipients)
         events = [event for token in sampled[2:] for event in parser.feed(token)]
-        assert ToolCallDone(name, f"functions.{identifier}", "{}") in events
+        assert ToolCallDone(name, recipient, "{}") in events
 
 
 @pytest.mark.parametrize(
@@ -48,7 +57,24 @@ def test_empty_and_repeated_names_are_refused(names: list[str], message: str) ->
         identifiers(names)
 
 
-def test_recipients_of_built_in_tools() -> None:
-    assert recipients([BROWSER, PYTHON]) == {
-        name: name for name in ("browser.search", "browser.open", "browser.find", "python")
+def test_a_toolbox_of_both_kinds() -> None:
+    weather = ToolDescription(name="get-weather", description="Weather")
+    toolbox = Toolbox([weather], builtin=[BROWSER, PYTHON])
+    assert toolbox.functions == (function_tools(replace(weather, name="get_weather")),)
+    assert toolbox.builtin == (BROWSER, PYTHON)
+    assert toolbox.recipients == {
+        "functions.get_weather": "get-weather",
+        "browser.search": "browser.search",
+        "browser.open": "browser.open",
+        "browser.find": "browser.find",
+        "python": "python",
     }
+    assert Toolbox().functions == ()
+
+
+def test_a_name_of_a_built_in_tool_and_an_unknown_one_are_refused() -> None:
+    python = ToolDescription(name="python")
+    with pytest.raises(HarmonyError, match=r"than the built-in tools', got 'python'; rename"):
+        Toolbox([python], builtin=[PYTHON])
+    with pytest.raises(HarmonyError, match=r"tool 'x': expected one of \['python'\]; declare it"):
+        Toolbox([python]).recipient("x")

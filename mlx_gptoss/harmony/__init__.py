@@ -48,6 +48,7 @@ from mlx_gptoss.harmony.messages import (
     tool_result,
     user,
 )
+from mlx_gptoss.harmony.names import Toolbox
 from mlx_gptoss.harmony.parse import HarmonyParser
 from mlx_gptoss.harmony.render import (
     OldAnalysis,
@@ -87,6 +88,7 @@ __all__ = [
     "ToolCallStarted",
     "ToolDescription",
     "ToolNamespace",
+    "Toolbox",
     "TurnDone",
     "assistant",
     "developer",

@@ -52,7 +52,7 @@ class ToolDescription:
     """One function that the model may call.
 
     Attributes:
-        name: a TypeScript identifier; `mlx_gptoss.harmony.names` maps other names to one.
+        name: a TypeScript identifier where it is rendered; a `Toolbox` takes any name.
         description: told to the model as comment lines.
         parameters: JSON schema of the arguments; None for a function without arguments.
     """

@@ -2,18 +2,66 @@
 
 A function is told to the model as a TypeScript declaration and called as `functions.NAME`, so its
 name must be an identifier. Apps and MCP servers use others (`get-weather`, `Web Search`), which
-break the header if they are rendered as they are. `identifiers` maps names to identifiers one to
-one; `recipients` gives the parser the way back, and with it the list of tools that exist.
+break the header if they are rendered as they are. A `Toolbox` renames them one to one, and knows
+which recipients exist and what the app calls them.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 
 from mlx_gptoss.errors import HarmonyError
-from mlx_gptoss.harmony.messages import ToolNamespace
+from mlx_gptoss.harmony.messages import ToolDescription, ToolNamespace, function_tools
 
 _IDENTIFIER = re.compile(r"[A-Za-z_$][\w$]*", re.ASCII)
 _OTHER = re.compile(r"[^\w$]", re.ASCII)
+
+
+class Toolbox:
+    """The tools offered in a conversation, under names that the model can write.
+
+    Args:
+        functions: the app's own, under any names.
+        builtin: namespaces the models were trained with, see `builtin_tools`.
+
+    Attributes:
+        functions: the namespace of the app's functions for `DeveloperContent.tools`, if any.
+        builtin: for `SystemContent.tools`.
+        recipients: for `HarmonyParser`: `functions.get_weather` to `get-weather`,
+            `browser.search` and `python` to themselves.
+
+    Raises:
+        HarmonyError: a name is empty, comes twice, or is a built-in tool's.
+    """
+
+    def __init__(
+        self, functions: Iterable[ToolDescription] = (), *, builtin: Iterable[ToolNamespace] = ()
+    ):
+        functions, self.builtin = tuple(functions), tuple(builtin)
+        chosen = identifiers(tool.name for tool in functions)
+        renamed = (replace(tool, name=chosen[tool.name]) for tool in functions)
+        self.functions = (function_tools(*renamed),) if functions else ()
+        self.recipients = {f"functions.{new}": name for name, new in chosen.items()}
+        for recipient in _builtin_recipients(self.builtin):
+            if recipient in chosen:
+                raise HarmonyError(
+                    f"tools: expected other names than the built-in tools', got {recipient!r}; "
+                    "rename this function or do not offer the built-in tool"
+                )
+            self.recipients[recipient] = recipient
+        self._by_name = {name: recipient for recipient, name in self.recipients.items()}
+
+    def recipient(self, name: str) -> str:
+        """Return the harmony name of a tool: the recipient of its calls, the author of its answers.
+
+        Raises:
+            HarmonyError: no such tool was offered.
+        """
+        if name not in self._by_name:
+            raise HarmonyError(
+                f"tool {name!r}: expected one of {sorted(self._by_name)}; declare it in the tools"
+            )
+        return self._by_name[name]
 
 
 def identifiers(names: Iterable[str]) -> dict[str, str]:
@@ -41,28 +89,11 @@ def identifiers(names: Iterable[str]) -> dict[str, str]:
     return {name: chosen[name] for name in names}
 
 
-def recipients(
-    namespaces: Iterable[ToolNamespace], functions: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Return what a `HarmonyParser` takes: every recipient of these namespaces and its name.
-
-    Args:
-        namespaces: the tools of the conversation, built-in ones included.
-        functions: `identifiers` of the app's functions, if they were renamed.
-
-    Returns:
-        Harmony name to the app's name: `functions.get_weather` to `get-weather`,
-        `browser.search` and `python` to themselves.
-    """
-    originals = {identifier: name for name, identifier in (functions or {}).items()}
-    found = {}
+def _builtin_recipients(namespaces: Iterable[ToolNamespace]) -> list[str]:
+    found = []
     for namespace in namespaces:
-        if not namespace.tools:
-            found[namespace.name] = namespace.name
-        for tool in namespace.tools:
-            recipient = f"{namespace.name}.{tool.name}"
-            own = namespace.name == "functions"
-            found[recipient] = originals.get(tool.name, tool.name) if own else recipient
+        tools = [f"{namespace.name}.{tool.name}" for tool in namespace.tools]
+        found += tools or [namespace.name]
     return found
 
 

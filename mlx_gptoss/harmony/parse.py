@@ -57,7 +57,7 @@ class HarmonyParser:
 
     Args:
         recipients: the offered tools: harmony name (`functions.get_weather`, `python`) to the
-            name that events give; see `names.recipients`.
+            name that events give; `Toolbox.recipients`.
     """
 
     def __init__(self, recipients: Mapping[str, str] | None = None):
