@@ -6,7 +6,7 @@ import numpy as np
 from tiny import TinyShape
 
 GOLDENS = Path(__file__).parent / "goldens"
-SEED = 7
+SEED = 0
 SHAPE = TinyShape(layers=4, hidden=192, inter=96, q_heads=4, kv_heads=2, experts=8, vocab=272)
 SHORT, LONG = 300, 6000  # tokens: past two windows; past YaRN's original context of 4,096
 RANGES = ((0, 128), (128, 1024), (1024, 4096), (4096, LONG))
