@@ -23,7 +23,7 @@ LAYERS = [
     ["engine"],
     ["library", "model_info"],
     ["harmony", "plan"],
-    ["turn"],
+    ["turn", "doctor"],
     ["runtime"],
     ["cli"],
     ["__main__"],

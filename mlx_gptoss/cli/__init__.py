@@ -14,6 +14,7 @@ import click
 
 from mlx_gptoss._version import __version__
 from mlx_gptoss.cli.convert import convert
+from mlx_gptoss.cli.doctor import doctor
 from mlx_gptoss.cli.download import download
 from mlx_gptoss.cli.generate import generate
 from mlx_gptoss.cli.info import info
@@ -64,5 +65,5 @@ def main() -> None:
     """Run OpenAI's gpt-oss models on a Mac: offline, exact, fast."""
 
 
-for _command in (generate, download, convert, info, plan):
+for _command in (generate, download, convert, info, plan, doctor):
     main.add_command(_command)
