@@ -11,25 +11,41 @@ from mlx_gptoss._version import __version__
 
 if TYPE_CHECKING:
     from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
+    from mlx_gptoss.engine import Engine
     from mlx_gptoss.errors import GptOssError
+    from mlx_gptoss.library import find_model
     from mlx_gptoss.model import Model, load_model
+    from mlx_gptoss.sampling import SamplingParams
+    from mlx_gptoss.turn import Reply, Turn, harmony_engine
 
 _HOME = {
-    "GPT_OSS_20B": "config",
     "GPT_OSS_120B": "config",
+    "GPT_OSS_20B": "config",
+    "Engine": "engine",
     "GptOssError": "errors",
     "Model": "model",
     "ModelConfig": "config",
+    "Reply": "turn",
+    "SamplingParams": "sampling",
+    "Turn": "turn",
+    "find_model": "library",
+    "harmony_engine": "turn",
     "load_model": "model",
 }
 
 __all__ = [
     "GPT_OSS_20B",
     "GPT_OSS_120B",
+    "Engine",
     "GptOssError",
     "Model",
     "ModelConfig",
+    "Reply",
+    "SamplingParams",
+    "Turn",
     "__version__",
+    "find_model",
+    "harmony_engine",
     "load_model",
 ]
 

@@ -8,7 +8,6 @@ version: requests are built here, without huggingface_hub's telemetry fields.
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from mlx_gptoss import transfer
 from mlx_gptoss._version import __version__
 from mlx_gptoss.errors import DownloadError
-from mlx_gptoss.hub_cache import HubCache, missing_files
+from mlx_gptoss.hub_cache import HubCache, free_bytes, missing_files
 from mlx_gptoss.transfer import RemoteFile, digest_of, fetch, partial_path
 
 # (phase, bytes done, bytes in all); the phase is "verify" or "download"
@@ -206,12 +205,11 @@ def _has_size(path: Path, size_bytes: int) -> bool:
 
 def _check_space(cache: HubCache, missing: Sequence[RemoteFile]) -> None:
     """Refuse before the first byte what the disk cannot hold."""
-    existing = next(folder for folder in (cache.root, *cache.root.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(cache.root)
     needed = sum(file.size_bytes for file in missing) - _received(cache, missing)
     if needed > free:
         raise DownloadError(
-            f"{cache.repo_id}: expected {needed / 1e9:.1f} GB free at {existing}, got "
+            f"{cache.repo_id}: expected {needed / 1e9:.1f} GB free for {cache.root}, got "
             f"{free / 1e9:.1f} GB; free some space, or set HF_HUB_CACHE to another disk"
         )
 

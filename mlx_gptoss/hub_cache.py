@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def find_snapshot(
     if commit is None or missing_files(cache.snapshot(commit)):
         return None
     return cache.snapshot(commit)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk that a folder is on or, if it does not exist yet, will be on."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def missing_files(folder: Path) -> list[str]:

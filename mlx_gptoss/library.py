@@ -7,13 +7,12 @@ commands that bring it.
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 from mlx_gptoss.checkpoint import MANIFEST
 from mlx_gptoss.errors import ModelNotFoundError
 from mlx_gptoss.hub import PUBLISHED
-from mlx_gptoss.hub_cache import find_snapshot
+from mlx_gptoss.hub_cache import HubCache, find_snapshot, free_bytes
 
 DEMO = "demo"
 
@@ -90,7 +89,7 @@ def find_source(name: str, *, cache_dir: Path | None = None) -> Path:
     repo_id = PUBLISHED[known].repo_id if known else name
     if snapshot := find_snapshot(repo_id, cache_dir=cache_dir):
         return snapshot
-    size = f" ({_size_and_space(known)})" if known else ""
+    size = f" ({_size_and_space(known, cache_dir)})" if known else ""
     raise ModelNotFoundError(
         f"{name}: no complete copy in the hub cache; run `mlx-gptoss download {name}`{size}"
     )
@@ -107,15 +106,14 @@ def _find_published(short: str, cache_dir: Path | None) -> Path:
         )
     raise ModelNotFoundError(
         f"{short}: not on this machine; run `mlx-gptoss download {short}` "
-        f"({_size_and_space(short)}), then `mlx-gptoss convert {short}`"
+        f"({_size_and_space(short, cache_dir)}), then `mlx-gptoss convert {short}`"
     )
 
 
-def _size_and_space(short: str) -> str:
-    store = model_store()
-    existing = next(folder for folder in (store, *store.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    return f"{PUBLISHED[short].weights_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB free here"
+def _size_and_space(short: str, cache_dir: Path | None) -> str:
+    model = PUBLISHED[short]
+    free = free_bytes(HubCache(model.repo_id, cache_dir).root)
+    return f"{model.weights_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -215,6 +215,17 @@ def test_a_failure_is_one_line_and_exit_1(arguments: list[str], says: str) -> No
     assert line.startswith("Error: ") and says in line
 
 
+def test_a_fault_of_the_system_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(library, "find_source", lambda name: tmp_path)
+    env = {"MLX_GPTOSS_HOME": str(tmp_path / "file" / "store")}
+    result = CliRunner().invoke(main, ["convert", "20b"], env=env)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: {tmp_path / 'file' / 'store'}: Not a directory\n"
+
+
 def test_a_model_of_another_vocabulary_is_refused(
     answering: scripted.ScriptedModel,
 ) -> None:

@@ -28,7 +28,7 @@ def test_the_folder_goes_to_stdout_and_the_proof_to_stderr(source: Path, tmp_pat
     assert "Hugging Face, MXFP4 experts" in result.stderr
     assert "converting: 2.2 MB of 2.2 MB" in result.stderr
     assert "verifying: 3.0 MB of 3.0 MB" in result.stderr
-    assert "experts                     0, byte for byte" in result.stderr
+    assert "experts                       0, byte for byte" in result.stderr
     assert "0.500 steps (bound 0.5001)" in result.stderr
     assert open_checkpoint(tmp_path / "mlx").manifest is not None
 

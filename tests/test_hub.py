@@ -223,7 +223,7 @@ def test_a_full_disk_is_found_before_the_first_byte(
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(DownloadError, match=r"expected 0\.0 GB free at .*, got 0\.0 GB"):
+    with pytest.raises(DownloadError, match=r"expected 0\.0 GB free for .*, got 0\.0 GB"):
         get(server, tmp_path)
     assert server.gets(FIRST) == server.gets("config.json") == []
 

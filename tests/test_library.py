@@ -58,7 +58,7 @@ def test_a_published_model_goes_from_nothing_to_download_to_converted(
     with pytest.raises(
         ModelNotFoundError,
         match=r"20b: not on this machine; run `mlx-gptoss download 20b` "
-        r"\(13\.8 GB, 40\.1 GB free here\), then `mlx-gptoss convert 20b`",
+        r"\(13\.8 GB, 40\.1 GB free\), then `mlx-gptoss convert 20b`",
     ):
         find_model(name, cache_dir=tmp_path / "hub")
     cached(tmp_path / "hub", "openai/gpt-oss-20b", source)

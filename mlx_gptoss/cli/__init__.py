@@ -49,6 +49,9 @@ class _Group(click.Group):
             _fail(error.format_message(), error.exit_code)
         except GptOssError as error:
             _fail(str(error), 1)
+        except OSError as error:  # a disk or a permission, in words of the system
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
         except (click.Abort, KeyboardInterrupt):
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)

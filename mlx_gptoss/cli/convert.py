@@ -85,8 +85,8 @@ def _summary(report: "ConversionReport") -> str:
 
 def _error_line(error: "KindError") -> str:
     if error.bound == 0:
-        return f"  {error.kind:<28}0, {error.unit}"
+        return f"  {error.kind:<30}0, {error.unit}"
     return (
-        f"  {error.kind:<28}{error.max_error:.3g} = {error.relative_error:.3f} {error.unit} "
+        f"  {error.kind:<30}{error.max_error:.3g} = {error.relative_error:.3f} {error.unit} "
         f"(bound {error.bound:g})"
     )

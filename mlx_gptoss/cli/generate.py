@@ -126,11 +126,12 @@ def _prompt_text(prompt: str | None) -> str:
     """The prompt of the command line, or of standard input."""
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("Missing PROMPT: give it as an argument, through a pipe, or as `-`")
-    if prompt is None or prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    if not prompt.strip():
+    text = "-" if prompt is None else prompt
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    if not text.strip():
         raise click.UsageError("The prompt is empty")
-    return prompt
+    return text
 
 
 def _sampling(
