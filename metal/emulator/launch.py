@@ -16,17 +16,16 @@ from mlx_gptoss.metal.emulator.build import Mode, build_kernel
 from mlx_gptoss.metal.emulator.collect import collect
 from mlx_gptoss.metal.emulator.report import CHECKS, Finding, Report
 from mlx_gptoss.metal.emulator.signature import Parameter, entry_point, parameters_of
-from mlx_gptoss.metal.emulator.source import arena_variable, prepare, rewrite_threadgroup_variables
+from mlx_gptoss.metal.emulator.source import (
+    arena_variable,
+    prepare,
+    rewrite_threadgroup_variables,
+    specialise,
+)
 
 Order = Literal["forward", "reverse"]
 Size = tuple[int, int, int]
 MAX_THREADS = 1024
-
-_CONSTANT_TYPES = {
-    "bool": ctypes.c_bool, "int": ctypes.c_int32, "uint": ctypes.c_uint32,
-    "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "float": ctypes.c_float,
-    "short": ctypes.c_int16, "ushort": ctypes.c_uint16,
-}  # fmt: skip
 
 
 class KernelFault(EmulatorError):
@@ -45,7 +44,14 @@ class Kernel:
         parameters: Of the function, in order.
     """
 
-    def __init__(self, source: str, function: str, *, mode: Mode = Mode.INSTRUMENTED) -> None:
+    def __init__(
+        self,
+        source: str,
+        function: str,
+        *,
+        mode: Mode = Mode.INSTRUMENTED,
+        constants: Mapping[str, bool | int | float] | None = None,
+    ) -> None:
         """Compile a kernel.
 
         Args:
@@ -53,21 +59,25 @@ class Kernel:
             function: Name of the function; the host name of an explicit instantiation; or an
                 instance of a template such as `"rms<float, 4>"`.
             mode: Instrumented or plain.
+            constants: Values of the function constants that it uses, by name.
 
         Raises:
             CompileError: The source does not compile.
-            EmulatorError: There is no such function, or no compiler.
+            EmulatorError: There is no such function or function constant, or no compiler.
         """
         prepared = prepare(source)
         instance = prepared.instances.get(function, function)
         self.name, self.mode = function, Mode(mode)
         self.parameters = parameters_of(prepared, instance.split("<")[0].strip())
-        text = rewrite_threadgroup_variables(prepared.text, arena_variable)
+        text = specialise(prepared, constants or {})
+        text = rewrite_threadgroup_variables(text, arena_variable)
         program = text + entry_point(self.parameters, instance)
         self.library = build_kernel(program, name=self.name, mode=self.mode)
         runtime.library()
-        self._code = ctypes.CDLL(str(self.library))
-        self._constants = prepared.function_constants
+        try:
+            self._code = ctypes.CDLL(str(self.library))
+        except OSError as error:  # a function constant without a value
+            raise EmulatorError(f"kernel '{function}' cannot be loaded: {error}") from error
         described = (runtime.Parameter * len(self.parameters)).in_dll(self._code, "emu_parameters")
         self._types = list(described)
 
@@ -85,7 +95,6 @@ class Kernel:
         order: Order = "forward",
         threadgroups: int | None = None,
         threadgroup_bytes: Mapping[int, int] | None = None,
-        constants: Mapping[str, bool | int | float] | None = None,
         allow: Iterable[str] = (),
     ) -> Report:
         """Run the kernel; its stores go back into the buffers.
@@ -97,7 +106,6 @@ class Kernel:
             order: In which threads, simdgroups and threadgroups take their turns.
             threadgroups: Run only so many, evenly spread over the grid; None runs all.
             threadgroup_bytes: Sizes of the `[[threadgroup(n)]]` arguments by n.
-            constants: Values of the function constants by name.
             allow: Checks that do not count, names of `CHECKS`.
 
         Raises:
@@ -112,7 +120,6 @@ class Kernel:
             text = f"{threadgroup} is {prod(threadgroup)} threads, at most {MAX_THREADS}"
             report.findings.append(Finding("too-many-threads", self.name, "?", 0, None, text))
             raise KernelFault(report)
-        self._set_constants(constants or {})
         allowed = _check_numbers(allow)
         selected = _select(total, threadgroups, order)
         with runtime.lock:
@@ -158,17 +165,6 @@ class Kernel:
         if not wanted and size % kind.size:
             raise EmulatorError(f"{where}: expected a multiple of {kind.size} bytes, got {size}")
 
-    def _set_constants(self, values: Mapping[str, bool | int | float]) -> None:
-        unknown = sorted(set(values) - set(self._constants))
-        missing = sorted(set(self._constants) - set(values))
-        if unknown or missing:
-            raise EmulatorError(
-                f"kernel '{self.name}': function constants: unknown {unknown}, missing {missing}"
-            )
-        for name, value in values.items():
-            kind = _CONSTANT_TYPES[self._constants[name]]
-            kind.in_dll(self._code, name).value = value
-
     def _run(
         self,
         report: Report,
@@ -178,7 +174,7 @@ class Kernel:
         allowed: int,
     ) -> None:
         records = (runtime.BufferRecord * max(1, len(bound)))()
-        table = (ctypes.c_void_p * (max(bound, default=0) + 1))()
+        table = (ctypes.c_void_p * (max((p.index for p in self.buffers), default=0) + 1))()
         views = []
         for record, (index, (parameter, buffer, writable)) in zip(
             records, bound.items(), strict=False

@@ -17,7 +17,7 @@ from pathlib import Path
 from mlx_gptoss.errors import EmulatorError
 from mlx_gptoss.metal.emulator.build import build_ptx
 from mlx_gptoss.metal.emulator.signature import Parameter, binding_prelude, bound, parameters_of
-from mlx_gptoss.metal.emulator.source import prepare, rewrite_threadgroup_variables
+from mlx_gptoss.metal.emulator.source import prepare, rewrite_threadgroup_variables, specialise
 
 ENTRY = "emu_entry"
 _INSTRUCTION = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9_]*(?:\.[\w:]+)*)[\s;]", re.M)
@@ -82,12 +82,8 @@ def build(
     parameters = parameters_of(prepared, instance.split("<")[0].strip())
     if any(p.kind == "threadgroup" for p in parameters):
         raise EmulatorError(f"kernel '{function}': [[threadgroup(n)]] arguments have no PTX form")
-    text = rewrite_threadgroup_variables(prepared.text, _shared_variable)
-    for name, value in (constants or {}).items():
-        literal = str(value).lower() if isinstance(value, bool) else str(value)
-        kind = prepared.function_constants[name]
-        declaration = rf"\bconstant\s+(?:const\s+)?{kind}\s+{name}\s*;"
-        text = re.sub(declaration, f"constexpr {kind} {name} = {literal};", text)
+    text = specialise(prepared, constants or {})
+    text = rewrite_threadgroup_variables(text, _shared_variable)
     ptx = build_ptx(text + _entry(parameters, instance), name=function, arch=arch)
     registers, spill = _ptxas(ptx, arch)
     body = ptx[ptx.index(".visible .entry") :]

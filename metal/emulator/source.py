@@ -8,7 +8,7 @@ speak of the .metal file.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +51,21 @@ def strip_comments(text: str) -> str:
 
     def blank(match: re.Match[str]) -> str:
         found = match.group(0)
-        return found if found.startswith('"') else "\n" * found.count("\n") or " "
+        return found if found.startswith('"') else _line_ends(found) or " "
 
     return _COMMENT.sub(blank, text)
 
 
-def read_metal(path: Path, roots: Sequence[Path] = (), skip: Sequence[str] = ()) -> str:
-    """Read a .metal file and inline what it includes, each file once.
+def _line_ends(text: str) -> str:
+    """The line ends of a text, those of a macro's continued lines with their backslash."""
+    return "".join(re.findall(r"\\?\n", text))
+
+
+def read_metal(*paths: Path, roots: Sequence[Path] = (), skip: Sequence[str] = ()) -> str:
+    """Read .metal files as one text and inline what they include, each file once.
 
     Args:
-        path: The file to read.
+        paths: The files to read, in this order.
         roots: Folders in which includes are looked up, after the folder of the including file.
         skip: Endings of include paths that are left out.
 
@@ -70,7 +75,12 @@ def read_metal(path: Path, roots: Sequence[Path] = (), skip: Sequence[str] = ())
     Raises:
         EmulatorError: A file is missing.
     """
-    return _inline(Path(path), tuple(roots), tuple(skip), seen=set())
+    seen: set[Path] = set()
+    texts = []
+    for path in map(Path, paths):
+        if path.resolve() not in seen:
+            texts.append(_inline(path, tuple(roots), tuple(skip), seen=seen))
+    return "\n".join(texts)
 
 
 def _inline(path: Path, roots: tuple[Path, ...], skip: tuple[str, ...], *, seen: set[Path]) -> str:
@@ -104,10 +114,32 @@ def prepare(text: str) -> MetalSource:
     text = strip_comments(text)
     text = re.sub(r"(?m)^\s*#\s*(?:pragma|include\s*<metal_|include\s*<simd/).*$", "", text)
     instances = {name: expression.strip() for name, expression in _INSTANCE.findall(text)}
-    text = _INSTANCE.sub(lambda m: "\n" * m.group(0).count("\n"), text)
+    text = _INSTANCE.sub(lambda m: _line_ends(m.group(0)), text)
     constants = {name: kind for kind, name in _FUNCTION_CONSTANT.findall(text)}
-    plain = _ATTRIBUTE.sub(lambda m: "\n" * m.group(0).count("\n"), text)
+    plain = _ATTRIBUTE.sub(lambda m: _line_ends(m.group(0)), text)
     return MetalSource(plain, text, instances, constants)
+
+
+def specialise(source: MetalSource, constants: Mapping[str, bool | int | float]) -> str:
+    """Compile values of function constants in, as Metal does when it makes a pipeline.
+
+    A constant without a value may be declared, but not used: it becomes an undefined symbol.
+
+    Raises:
+        EmulatorError: A value is for no function constant of the source.
+    """
+    unknown = sorted(set(constants) - set(source.function_constants))
+    if unknown:
+        known = ", ".join(source.function_constants) or "none"
+        raise EmulatorError(f"no function constant {', '.join(unknown)}; the source has {known}")
+    text = source.text
+    for name, kind in source.function_constants.items():
+        value = constants.get(name)
+        literal = str(value).lower() if isinstance(value, bool) else str(value)
+        given = f"constexpr {kind} {name} = {kind}({literal});"
+        declaration = rf"\bconstant\s+(?:const\s+)?{kind}\s+{name}\s*;"
+        text = re.sub(declaration, given if name in constants else f"extern {kind} {name};", text)
+    return text
 
 
 def rewrite_threadgroup_variables(text: str, declare: Callable[[int, str, str, str], str]) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from mlx_gptoss.metal.emulator.build import build_strict
-from mlx_gptoss.metal.emulator.source import prepare, rewrite_threadgroup_variables
+from mlx_gptoss.metal.emulator.source import prepare, rewrite_threadgroup_variables, specialise
 
 
 def _static_variable(_number: int, kind: str, name: str, dimensions: str) -> str:
@@ -30,10 +30,8 @@ def check_strict(source: str, *functions: str) -> None:
         CompileError: An address space is wrong.
     """
     prepared = prepare(source)
-    text = rewrite_threadgroup_variables(prepared.text, _static_variable)
-    for name, kind in prepared.function_constants.items():
-        declaration = rf"\bconstant\s+(?:const\s+)?{kind}\s+{name}\s*;"
-        text = re.sub(declaration, f"static constant {kind} {name} = {{}};", text)
+    constants = dict.fromkeys(prepared.function_constants, 0)
+    text = rewrite_threadgroup_variables(specialise(prepared, constants), _static_variable)
     # `constant int shape[4]` as a parameter is a pointer
     text = re.sub(r"(\bconstant\s+(?:const\s+)?\w+)\s+(\w+)\[\w*\](?=\s*[,)])", r"\1* \2", text)
     build_strict(text + _instantiations([*prepared.instances.values(), *functions]))

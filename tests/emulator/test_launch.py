@@ -83,22 +83,18 @@ def test_dynamic_threadgroup_memory_and_function_constants() -> None:
       y[i] = shared[39 - i] * (twice ? 2 : 1);
     }
     """
+    source = source.replace("threadgroup_barrier", "metal::threadgroup_barrier")
     x = np.arange(40, dtype=np.int32)
-    kernel = Kernel(source.replace("threadgroup_barrier", "metal::threadgroup_barrier"), "swap")
     for twice in (False, True):
         y = Buffer.empty((40,), "int32")
-        kernel(
-            {0: Buffer.of(x), 1: y},
-            grid=(40, 1, 1),
-            threadgroup=(40, 1, 1),
-            threadgroup_bytes={0: 160},
-            constants={"twice": twice},
-        )
+        kernel = Kernel(source, "swap", constants={"twice": twice})
+        size = {"grid": (40, 1, 1), "threadgroup": (40, 1, 1)}
+        kernel({0: Buffer.of(x), 1: y}, threadgroup_bytes={0: 160}, **size)
         assert (y.array() == x[::-1] * (1 + twice)).all()
-    with pytest.raises(
-        EmulatorError, match=r"function constants: unknown \[\], missing \['twice'\]"
-    ):
-        kernel({0: Buffer.of(x), 1: y}, grid=(40, 1, 1), threadgroup=(40, 1, 1))
+    with pytest.raises(EmulatorError, match=r"kernel 'swap' cannot be loaded: .* symbol: twice"):
+        Kernel(source, "swap")
+    with pytest.raises(EmulatorError, match="no function constant thrice; the source has twice"):
+        Kernel(source, "swap", constants={"thrice": 1})
 
 
 @pytest.mark.parametrize(

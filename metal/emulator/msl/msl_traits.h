@@ -55,6 +55,10 @@ template <class T> struct is_floating_point : bool_constant<is_floating_point_v<
 template <class T> struct is_arithmetic : bool_constant<is_arithmetic_v<T>> {};
 template <class A, class B> struct is_convertible : bool_constant<is_convertible_v<A, B>> {};
 
+// <metal_uniform>: a value that all threads share; nothing to gain from it here.
+template <class T> using uniform = T;
+template <class T> EMU_INLINE constexpr T make_uniform(T x) { return x; }
+
 template <class T> struct numeric_limits {
   static constexpr bool is_signed = is_signed_v<T>;
   static constexpr int digits = int(sizeof(T)) * 8 - is_signed;
