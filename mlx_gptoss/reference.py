@@ -238,15 +238,45 @@ def route(
         eps: of the norm.
 
     Returns:
-        y (N, D) in the type of x, normalised; experts (N, K) uint32, largest logit first, equal
-        logits by index; weights (N, K) float32, a softmax over the K logits, not over all E.
+        y (N, D) in the type of x, normalised; experts and weights of `choose_experts`.
+    """
+    y, logits = router_logits(x, norm, router, eps=eps)
+    return y, *choose_experts(logits, chosen=chosen)
+
+
+def router_logits(
+    x: mx.array, norm: mx.array, router: Matrix, *, eps: float
+) -> tuple[mx.array, mx.array]:
+    """The norm before the experts, and the router's logits of it before its rounding.
+
+    Args:
+        x: (N, D), the residual stream, one row per token.
+        norm: (D,).
+        router: (E, D) with bias.
+        eps: of the norm.
+
+    Returns:
+        y (N, D) in the type of x, normalised; logits (N, E) float32.
     """
     y = rms_norm(x, norm, eps=eps)
     wide = router if router.mode is not None else _in_float32(router)
-    logits = linear(y, wide)
+    return y.astype(x.dtype), linear(y, wide)
+
+
+def choose_experts(logits: mx.array, *, chosen: int) -> tuple[mx.array, mx.array]:
+    """The K experts of largest logit.
+
+    Args:
+        logits: (N, E) float32.
+        chosen: K.
+
+    Returns:
+        experts (N, K) uint32, largest logit first, equal logits by index; weights (N, K) float32,
+        a softmax over the K logits, not over all E.
+    """
     experts = mx.argsort(-logits, axis=-1)[..., :chosen].astype(mx.uint32)
     weights = mx.softmax(mx.take_along_axis(logits, experts, axis=-1), axis=-1, precise=True)
-    return y.astype(x.dtype), experts, weights
+    return experts, weights
 
 
 def _in_float32(matrix: Matrix) -> Matrix:
