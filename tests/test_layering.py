@@ -15,11 +15,12 @@ LAYERS = [
     ["metal"],
     ["chips", "config", "weight_files", "transfer"],
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache", "machine"],
-    ["reference"],
+    ["reference", "sampling"],
     ["convert", "kernels", "cache"],
     ["attention", "moe"],
     ["model"],
-    ["sampling", "demo", "hub"],
+    ["decode"],
+    ["demo", "hub"],
     ["engine"],
     ["library", "model_info"],
     ["harmony", "plan"],
@@ -38,7 +39,13 @@ def sources() -> list[tuple[str, Path]]:
     for path in sorted((ROOT / "mlx_gptoss").glob("*.py")):
         if path.stem != "__init__":
             found.append((path.stem, path))
-    for folder in ("convert", "metal", "mlx_gptoss/cli", "mlx_gptoss/harmony"):
+    for folder in (
+        "convert",
+        "metal",
+        "mlx_gptoss/cli",
+        "mlx_gptoss/harmony",
+        "mlx_gptoss/kernels",
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             found.append((Path(folder).name, path))
     return found

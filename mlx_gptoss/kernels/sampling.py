@@ -1,0 +1,106 @@
+"""The end of a decode step: logits of the vocabulary, and the next token without the host."""
+
+import mlx.core as mx
+
+from mlx_gptoss.kernels.launch import FLOATS, expect, launch, number, require
+from mlx_gptoss.kernels.matrix import DenseMatrix, simdgroups
+from mlx_gptoss.kernels.projections import CONTROL
+from mlx_gptoss.matrix import Matrix
+
+TILE = 64  # logits of a threadgroup
+
+
+def unembed(
+    x: mx.array,
+    norm: mx.array,
+    matrix: Matrix,
+    *,
+    allowed: mx.array,
+    control: mx.array,
+    temperature: mx.array,
+    eps: float,
+) -> tuple[mx.array, mx.array]:
+    """The final norm, the logits, and one candidate for the next token out of every 64.
+
+    Args:
+        x: (B, D), the residual stream.
+        norm: (D,).
+        matrix: (V, D), plain or affine.
+        allowed: (V,) uint8, 1 where a token may be chosen.
+        control: (B, 8) int32: position, base, slot, seed low, seed high.
+        temperature: (B, 8) float32, in column 0; 0 is greedy.
+        eps: of the norm.
+
+    Returns:
+        logits (B, V) float32, and best (B, V/64, 4) float32: the candidate's score and id, and the
+        maximum m and sum exp(logit - m) of the allowed logits.
+    """
+    stem = "unembed"
+    (batch, width), vocabulary = x.shape, matrix.weight.shape[0]
+    expect(stem, "x", x, (batch, width), *FLOATS)
+    expect(stem, "norm", norm, (width,), *FLOATS)
+    expect(stem, "allowed", allowed, (vocabulary,), mx.uint8)
+    expect(stem, "control", control, (batch, CONTROL), mx.int32)
+    expect(stem, "temperature", temperature, (batch, CONTROL), mx.float32)
+    good = vocabulary % TILE == 0 and vocabulary < 2**24
+    require(stem, good, "vocabulary", f"a multiple of {TILE} below 2^24", vocabulary)
+    weight = DenseMatrix(stem, "head", matrix, rows=vocabulary, columns=width)
+    inputs = {"x": x, "norm": norm, **weight.inputs, "allowed": allowed}
+    inputs |= {"control": control, "temperature": temperature}
+    groups = simdgroups(width)
+    body = (
+        f"threadgroup float sums[{65 * groups}];\n"
+        f"unembed<{width}, {vocabulary}>(x, norm, {weight.value}, allowed, control, temperature, "
+        f"logits, best, sums, {number(eps)}, $tile, $lane, $group);"
+    )
+    logits, best = launch(
+        stem,
+        inputs,
+        {
+            "logits": ((batch, vocabulary), mx.float32),
+            "best": ((batch, vocabulary // TILE, 4), mx.float32),
+        },
+        body=body,
+        groups=(vocabulary // TILE, batch, 1),
+        threads=32 * groups,
+    )
+    return logits, best
+
+
+def sample_token(
+    best: mx.array, logits: mx.array, *, control: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The next token out of `unembed`'s candidates.
+
+    Args:
+        best: (B, V/64, 4) float32.
+        logits: (B, V) float32.
+        control: (B, 8) int32.
+
+    Returns:
+        token (B,) int32; its log-probability (B,) float32 among the allowed tokens, at temperature
+        1; the next step's control (B, 8): position and slot one further.
+    """
+    stem = "sample_token"
+    (batch, vocabulary), tiles = logits.shape, best.shape[1]
+    expect(stem, "best", best, (batch, vocabulary // TILE, 4), mx.float32)
+    expect(stem, "logits", logits, (batch, vocabulary), mx.float32)
+    expect(stem, "control", control, (batch, CONTROL), mx.int32)
+    body = (
+        "threadgroup float shared[32];\n"
+        f"sample_token<{vocabulary}, {tiles}>(best, logits, control, token, logprob, next, shared, "
+        "$tile, $thread_id, $lane, $group);"
+    )
+    token, logprob, following = launch(
+        stem,
+        {"best": best, "logits": logits, "control": control},
+        {
+            "token": ((batch,), mx.int32),
+            "logprob": ((batch,), mx.float32),
+            "next": (control.shape, mx.int32),
+        },
+        body=body,
+        groups=(batch, 1, 1),
+        threads=256,
+    )
+    return token, logprob, following

@@ -1,0 +1,156 @@
+"""Which kernels run: those that have agreed with their definition on this very machine.
+
+The check runs each kernel on random inputs of the model's widths (with few experts and a short
+vocabulary: a second copy of the weights would not fit) in each form the model will use. Its outcome
+is kept in a file, under a key made of the machine, the OS, MLX and the kernels' sources, so it runs
+once. A kernel that raises or differs is replaced by its definition, and the reason is kept.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlx_gptoss.errors import KernelError
+from mlx_gptoss.kernels.agreement import agrees
+from mlx_gptoss.kernels.cases import Dense, Sizes
+from mlx_gptoss.kernels.launch import source_text
+from mlx_gptoss.kernels.registry import KERNELS, Kernel
+
+log = logging.getLogger("mlx_gptoss")
+
+Choice = Literal["auto", "on", "off"]
+NO_METAL = "this machine has no Metal device"
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """What to call for each stem.
+
+    Attributes:
+        functions: the kernel's launch or its definition.
+        fallbacks: why a stem runs its definition; the others run their kernel.
+    """
+
+    functions: Mapping[str, Callable[..., Any]]
+    fallbacks: Mapping[str, str]
+
+    def __getattr__(self, stem: str) -> Callable[..., Any]:
+        try:
+            return self.functions[stem]
+        except KeyError:
+            raise AttributeError(f"no kernel {stem!r}") from None
+
+    @classmethod
+    def of(cls, fallbacks: Mapping[str, str]) -> "KernelSet":
+        """The set in which the stems of `fallbacks` run their definition."""
+        functions = {
+            stem: kernel.define if stem in fallbacks else kernel.launch
+            for stem, kernel in KERNELS.items()
+        }
+        return cls(functions, dict(fallbacks))
+
+
+def all_kernels() -> KernelSet:
+    """Every kernel, unchecked: for the emulator, and for counting a traced graph."""
+    return KernelSet.of({})
+
+
+def all_definitions(reason: str) -> KernelSet:
+    """No kernel at all."""
+    return KernelSet.of(dict.fromkeys(KERNELS, reason))
+
+
+def choose_kernels(
+    choice: Choice, sizes: Sizes, *, dtype: mx.Dtype, dense: Dense, record: Path | None
+) -> KernelSet:
+    """The kernels for a model on this machine.
+
+    Args:
+        choice: "off" none; "auto" those that agree, with one warning for the others; "on" all, or
+            an error.
+        sizes: of the model; see `check_sizes`.
+        dtype: of activations.
+        dense: how the model's dense matrices are stored.
+        record: file of earlier outcomes; None checks every time.
+
+    Raises:
+        KernelError: "on", and a kernel cannot be used.
+    """
+    if choice == "off":
+        return all_definitions('kernels="off"')
+    if not mx.metal.is_available():
+        if choice == "on":
+            raise KernelError(f'kernels="on": {NO_METAL}; use "auto" or "off"')
+        return all_definitions(NO_METAL)
+    chosen = KernelSet.of(checked(sizes, dtype=dtype, dense=dense, record=record))
+    if chosen.fallbacks:
+        text = "; ".join(f"{stem}: {why}" for stem, why in chosen.fallbacks.items())
+        if choice == "on":
+            raise KernelError(f'kernels="on": {text}; use "auto" to run these without a kernel')
+        log.warning("kernels that run as plain MLX here: %s", text)
+    return chosen
+
+
+def check_sizes(sizes: Sizes) -> Sizes:
+    """The sizes of the check: the model's widths, with as few experts and ids as make sense."""
+    return replace(sizes, experts=min(sizes.experts, 8), vocab=min(sizes.vocab, 640))
+
+
+def checked(sizes: Sizes, *, dtype: mx.Dtype, dense: Dense, record: Path | None) -> dict[str, str]:
+    """Stems that cannot be used, with reasons, from the record or from running the check."""
+    sizes = check_sizes(sizes)
+    key = _fingerprint(sizes, dtype, dense)
+    known = _read(record)
+    if key in known:
+        return known[key]
+    reasons = {
+        stem: reason
+        for stem, kernel in KERNELS.items()
+        if (reason := disagreement(kernel, sizes, dtype=dtype, dense=dense))
+    }
+    if record is not None:
+        _write(record, {**known, key: reasons})
+    return reasons
+
+
+def disagreement(kernel: Kernel, sizes: Sizes, *, dtype: mx.Dtype, dense: Dense) -> str:
+    """Why a kernel cannot be used here; empty if it can."""
+    try:
+        worst = max(agrees(kernel, sizes, dtype=dtype, dense=dense))
+    except Exception as error:  # whatever Metal's compiler or driver says: it costs a warning
+        return f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"it differs by {worst:.3g} times the tolerance" if not worst <= 1 else ""
+
+
+def _fingerprint(sizes: Sizes, dtype: mx.Dtype, dense: Dense) -> str:
+    device = mx.device_info() if mx.metal.is_available() else {}
+    parts = [platform.platform(), platform.machine(), str(device), version("mlx")]
+    parts += [str(sizes), str(dtype), dense, *(source_text(stem) for stem in KERNELS)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read(record: Path | None) -> dict[str, dict[str, str]]:
+    """Earlier outcomes; none if the file is missing or damaged: the check simply runs again."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8")) if record else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(record: Path, outcomes: Mapping[str, Mapping[str, str]]) -> None:
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_suffix(".new")
+        temporary.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
+        temporary.replace(record)
+    except OSError as error:
+        log.warning("%s: cannot keep the outcome of the kernel check: %s", record, error)

@@ -1,0 +1,268 @@
+"""Every kernel of the registry against its definition, in the emulator with all checks on.
+
+The sizes of `Sizes()` differ pairwise. Cache rows that no token may see hold NaN.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gptoss import reference
+from mlx_gptoss.errors import EmulatorError
+from mlx_gptoss.kernels import launch
+from mlx_gptoss.kernels.agreement import agrees, compare, excess, flattened, widened
+from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.metal.emulator import emulate
+
+FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FORMS: dict[Dense, tuple[str, ...]] = {
+    "plain": ("float32", "float16", "bfloat16"),
+    "q8": ("float32", "bfloat16"),
+    "q4": ("float16", "bfloat16"),
+}
+ALLOW = {"norm_qkv_rope": ("unwritten-output",)}  # append rows above the slot stay undefined
+CASES = [
+    (stem, dtype, dense)
+    for stem, kernel in KERNELS.items()
+    for dense in FORMS
+    for dtype in FORMS[dense]
+    if kernel.dense or dense == "plain"
+]
+LONG_SUMS = ("route", "unembed")  # float32 outputs that are sums over all columns
+
+
+def assert_agrees(
+    stem: str,
+    sizes: Sizes,
+    dtype: str = "float32",
+    *,
+    dense: Dense = "plain",
+    order: Any = "forward",
+    mode: str = "instrumented",
+) -> None:
+    with emulate(mode=mode, order=order, allow=ALLOW.get(stem, ())):
+        found = agrees(KERNELS[stem], sizes, dtype=FLOATS[dtype], dense=dense)
+    assert max(found) <= 1, f"{stem} {dtype} {dense} {order}: {found} times the tolerance"
+
+
+def wide(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+@pytest.mark.parametrize(("stem", "dtype", "dense"), CASES)
+def test_agrees_with_its_definition(stem: str, dtype: str, dense: Dense) -> None:
+    for order in ("forward", "reverse"):
+        assert_agrees(stem, Sizes(), dtype, dense=dense, order=order)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 33])
+@pytest.mark.parametrize("stem", KERNELS)
+def test_batches(stem: str, batch: int) -> None:
+    sizes = replace(Sizes(), batch=batch, capacity=320, base=310, vocab=192)
+    assert_agrees(stem, sizes, "bfloat16", mode="plain" if batch > 7 else "instrumented")
+
+
+# Rows are cut, not columns: lanes and simdgroups are those of the models.
+PUBLISHED = {
+    "20b": Sizes(
+        batch=1, hidden=2880, inter=64, q_heads=64, kv_heads=8, experts=32, vocab=128, window=128,
+        capacity=1024, rows=128, base=1000, slot=127, splits=4,
+    ),
+    "120b": Sizes(
+        batch=1, hidden=2880, inter=2880, q_heads=64, kv_heads=8, experts=128, vocab=64, window=128,
+        capacity=256, rows=128, base=250, slot=3, splits=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", KERNELS)
+def test_published_shapes(stem: str) -> None:
+    sizes = PUBLISHED["20b"]
+    if stem == "experts_down":  # its columns are `inter`; 64 rows out
+        sizes = replace(sizes, inter=2880, hidden=64)
+    if stem not in LONG_SUMS:
+        assert_agrees(stem, sizes, "bfloat16", dense="q8", mode="plain")
+
+
+@pytest.mark.parametrize("stem", LONG_SUMS)
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_logits_of_published_shapes_against_float64(stem: str, model: str) -> None:
+    """MLX's CPU adds 2880 products in one float32 and is 3e-6 off itself; the kernels are not."""
+    kernel, make = KERNELS[stem], Inputs(PUBLISHED[model], dtype=mx.bfloat16)
+    given = kernel.case(make)
+    with emulate(mode="plain"):
+        outputs = kernel.launch(**given)
+    matrix = given["router" if stem == "route" else "matrix"]
+    x, norm, weight = (wide(a) for a in (given["x"], given["norm"], matrix.weight))
+    want = x / np.sqrt((x * x).mean(-1, keepdims=True) + given["eps"]) * norm @ weight.T
+    want = want if matrix.bias is None else want + wide(matrix.bias)
+    got = wide(outputs[1] if stem == "route" else outputs[0])
+    assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+def test_published_shapes_with_128_experts(stem: str) -> None:
+    sizes = PUBLISHED["120b"]
+    sizes = replace(sizes, inter=16) if stem == "experts_swiglu" else sizes
+    sizes = replace(sizes, hidden=16) if stem == "experts_down" else sizes
+    assert_agrees(stem, sizes, "bfloat16", mode="plain")
+
+
+@pytest.mark.parametrize(
+    ("base", "slot"),
+    [(0, 0), (0, 1), (1, 0), (0, 31), (0, 32), (63, 32), (95, 0), (95, 1), (96, 0), (94, 1),
+     (95, 2), (97, 47), (191, 0), (192, 31), (500, 47), (96, 33)],
+)  # fmt: skip
+def test_window_edges(base: int, slot: int) -> None:
+    """Positions around the window of 96, the ring going round, tiles of 32 beginning and ending."""
+    assert_agrees("attention_window", replace(Sizes(), batch=1, base=base, slot=slot))
+
+
+def test_window_shorter_than_the_append_segment() -> None:
+    """With 128 rows and a window of 96 the ring has nothing left to show."""
+    for slot in (95, 96, 127):
+        sizes = replace(Sizes(), batch=1, rows=128, base=200, slot=slot)
+        assert_agrees("attention_window", sizes, "bfloat16")
+
+
+@pytest.mark.parametrize("base", [0, 1, 31, 32, 33, 63, 64, 159, 160, 479, 480])
+def test_context_lengths_around_every_boundary(base: int) -> None:
+    """Of tiles and of splits; with more splits than tiles, too."""
+    for splits, slot in ((1, 0), (3, 31), (16, 32)):
+        sizes = replace(Sizes(), batch=1, base=base, slot=slot, splits=splits)
+        assert_agrees("attention_decode", sizes)
+
+
+def test_decode_and_reduce_together_are_attention() -> None:
+    """The two kernels against the softmax with sinks over the keys that exist."""
+    sizes = replace(Sizes(), batch=1, base=200, slot=40)
+    make = Inputs(sizes, dtype=mx.float32)
+    given = KERNELS["attention_decode"].case(make)
+    sinks = make.normal(sizes.q_heads)
+    with emulate():
+        parts = KERNELS["attention_decode"].launch(**given)
+        got = KERNELS["attention_reduce"].launch(*parts, sinks, dtype=mx.float32)
+    segments = [
+        (given["frozen"][0][:, :, :200], given["frozen"][1][:, :, :200]),
+        (given["append"][0][:, :, :41], given["append"][1][:, :, :41]),
+    ]
+    want = reference.attention(given["q"][:, :, None], segments, None, sinks, scale=given["scale"])
+    assert excess(got, want[:, 0]) <= 1
+
+
+def chosen_by(logits: list[list[float]]) -> mx.array:
+    return mx.array(logits, dtype=mx.float32)
+
+
+@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        pytest.param([[float(e) for e in range(20)]] * 2, id="all rows on the last experts"),
+        pytest.param([[1.0] * 20, [0.0] * 3 + [5.0] * 17], id="ties go to the lower expert"),
+        pytest.param([[-1e30] * 16 + [-1e31] * 4, [3e38] * 2 + [-3e38] * 18], id="far apart"),
+    ],
+)
+def test_choices_of_experts(stem: str, logits: list[list[float]]) -> None:
+    kernel, make = KERNELS[stem], Inputs(Sizes(), dtype=mx.float32)
+    arguments = {**kernel.case(make), "logits": chosen_by(logits)}
+    with emulate():
+        found = compare(kernel, arguments)
+    assert max(found) <= 1, found
+
+
+def test_logits_that_are_not_numbers_read_no_foreign_memory() -> None:
+    kernel, make = KERNELS["experts_swiglu"], Inputs(Sizes(), dtype=mx.float32)
+    arguments = {**kernel.case(make), "logits": mx.full((2, 20), mx.nan)}
+    with emulate() as session:
+        kernel.launch(**arguments)
+    assert not session.reports[0].findings
+
+
+def test_greedy_and_drawn_tokens_are_those_of_sampling() -> None:
+    """unembed and sample_token, end to end, against their definitions, at two temperatures."""
+    sizes = replace(Sizes(), batch=5)
+    given = KERNELS["unembed"].case(Inputs(sizes, dtype=mx.float32))
+    with emulate():
+        logits, best = KERNELS["unembed"].launch(**given)
+        token, logprob, control = KERNELS["sample_token"].launch(
+            best, logits, control=given["control"]
+        )
+    logits, best = KERNELS["unembed"].define(**widened(given))
+    want = KERNELS["sample_token"].define(best, logits, control=given["control"])
+    assert token.tolist() == want[0].tolist()
+    assert control.tolist() == want[2].tolist()
+    assert mx.abs(logprob - want[1]).max().item() < 1e-5
+    assert all(given["allowed"][t].item() for t in token.tolist())
+
+
+def test_equal_scores_go_to_the_lower_id() -> None:
+    """In one thread's share, in one simdgroup, and between simdgroups of the 256 threads."""
+    tiles = 600
+    ids = mx.arange(tiles) * 64 + 3
+    for tied in ([7, 263], [40, 45], [31, 64, 290], [255, 256]):
+        scores = mx.where((mx.arange(tiles)[:, None] == mx.array(tied)).any(-1), 2.0, 1.0)
+        best = mx.stack([scores, ids.astype(mx.float32), scores, mx.ones((tiles,))], axis=-1)[None]
+        control, logits = mx.zeros((1, 8), mx.int32), mx.zeros((1, tiles * 64))
+        with emulate():
+            token, _, _ = KERNELS["sample_token"].launch(best, logits, control=control)
+        assert token.item() == tied[0] * 64 + 3
+
+
+# A line of a kernel, and what it becomes: each fault must be found by a check or by the values.
+FAULTS = [
+    ("experts_swiglu", "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    ("experts_swiglu", "lane < lanes ? DECODE_SCALE : 0.0f", "DECODE_SCALE"),
+    ("experts_swiglu", "min(lane, lanes - 1)", "lane"),
+    ("experts_swiglu", "((word + word) & 0x1E1E1E1Eu)", "((word + word) & 0x0E0E0E0Eu)"),
+    ("experts_down", "DECODE_SCALE * share", "DECODE_SCALE"),
+    ("experts_down", "scales[at + (first + i) * blocks]", "scales[at + (first + i + 1) * blocks]"),
+    ("attention_decode", "8 * i + state.row < valid", "true"),
+    ("attention_decode", "min(8 * i + state.row, valid - 1)", "8 * i + state.row"),
+    ("attention_decode", "out[d] *= scale", "out[d] *= 1"),
+    ("attention_window", "at > position - WINDOW", "at >= position - WINDOW"),
+    ("attention_window", "turn < base ? turn : turn - WINDOW", "turn - WINDOW"),
+    ("attention_reduce", "total = metal::fast::exp2(sink - top)", "total = 0"),
+    ("norm_qkv_rope", "i += threads) to[i] = from[i]", "i += threads) to[i] = from[0]"),
+    ("norm_qkv_rope", "turned * sine", "first * sine"),
+    ("norm_qkv_rope", "(plane < HKV ? keys : values)", "keys"),
+    ("route", "sums[4 * groups + group] = squares", "sums[4 * groups] = squares"),
+    ("unembed", "uint(control[b * 8]) + 1", "uint(control[b * 8])"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stem", "line", "fault"), FAULTS)
+def test_faults_are_found(
+    stem: str, line: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text: Callable[[str], str] = launch.source_text
+    assert text(stem).count(line) == 1, "the fault must change one line"
+    monkeypatch.setattr(launch, "source_text", lambda name: text(name).replace(line, fault))
+    sizes = replace(Sizes(), hidden=2048) if stem == "route" else Sizes()
+    try:
+        with emulate(allow=ALLOW.get(stem, ())):
+            launch._build.cache_clear()
+            found = agrees(KERNELS[stem], sizes, dtype=mx.float32, dense="plain")
+    except EmulatorError:
+        return
+    finally:
+        launch._build.cache_clear()
+    assert max(found) > 1, "the fault went unnoticed"
+
+
+def test_every_output_is_compared() -> None:
+    """One value of one output off by three tolerances is too far."""
+    make = Inputs(Sizes(), dtype=mx.float32)
+    kernel = KERNELS["route"]
+    outputs = flattened(kernel.define(**kernel.case(make)))
+    for output in outputs:
+        step = 3 * 2e-6 * mx.abs(output).max()
+        moved = output + step * (mx.arange(output.size) == 5).reshape(output.shape)
+        assert excess(output, output) == 0
+        assert 2 < excess(moved, output) < 4
+        assert excess(mx.where(moved != output, mx.nan, output), output) == float("inf")

@@ -1,0 +1,122 @@
+"""A kernel that fails or differs costs a warning and its speed, never a wrong token or a crash."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_gptoss.errors import KernelError
+from mlx_gptoss.kernels import registry, selection
+from mlx_gptoss.kernels.cases import Sizes
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import KernelSet, all_definitions, choose_kernels
+from mlx_gptoss.metal.emulator import emulate
+
+SIZES = Sizes(hidden=128, inter=96, vocab=128, capacity=64, base=50, slot=5, rows=32)
+
+
+def choose(choice: Any, record: Path | None = None) -> KernelSet:
+    return choose_kernels(choice, SIZES, dtype=mx.float32, dense="plain", record=record)
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The emulator poses as a Metal device; the rows above the slot are undefined by design."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "emulator"})
+    with emulate(allow=("unwritten-output",)):
+        yield
+
+
+def replaced(stem: str, launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = dict(KERNELS) | {stem: replace(KERNELS[stem], launch=launch)}
+    monkeypatch.setattr(selection, "KERNELS", changed)
+
+
+@pytest.mark.usefixtures("metal")
+def test_kernels_that_agree_are_used() -> None:
+    chosen = choose("on")
+    assert not chosen.fallbacks
+    assert {stem: getattr(chosen, stem) for stem in KERNELS} == {
+        stem: kernel.launch for stem, kernel in KERNELS.items()
+    }
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_failing_kernel_falls_back_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[metal::Device] Unable to build metal library\nprogram_source:3:1")
+
+    replaced("route", fails, monkeypatch)
+    with caplog.at_level(logging.WARNING, "mlx_gptoss"):
+        chosen = choose("auto")
+    reason = "it failed: [metal::Device] Unable to build metal library"
+    assert chosen.fallbacks == {"route": reason}
+    assert chosen.route is KERNELS["route"].define
+    assert chosen.embed is KERNELS["embed"].launch
+    assert caplog.messages == [f"kernels that run as plain MLX here: route: {reason}"]
+    with pytest.raises(KernelError, match=r'kernels="on": route: it failed.*use "auto"'):
+        choose("on")
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_differing_kernel_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = KERNELS["out_residual"].launch
+    replaced("out_residual", lambda *a, **k: true(*a, **k) * (1 + 1e-5), monkeypatch)
+    (reason,) = choose("auto").fallbacks.values()
+    assert reason.startswith("it differs by ")
+    assert reason.endswith(" times the tolerance")
+
+
+@pytest.mark.usefixtures("metal")
+def test_the_check_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the kernels, the sizes, MLX or the machine change, or the record is damaged."""
+    record = tmp_path / "store" / "kernels.json"
+    calls: list[str] = []
+
+    def counted(kernel: registry.Kernel, *_: Any, **__: Any) -> str:
+        calls.append(kernel.stem)
+        return "it failed: no reason" if kernel.stem == "embed" else ""
+
+    monkeypatch.setattr(selection, "disagreement", counted)
+    assert choose("auto", record).fallbacks == {"embed": "it failed: no reason"}
+    assert choose("auto", record).fallbacks == {"embed": "it failed: no reason"}
+    assert len(calls) == len(KERNELS)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "another"})
+    choose("auto", record)
+    assert len(calls) == 2 * len(KERNELS)
+    assert len(json.loads(record.read_text())) == 2
+    record.write_text("{")
+    choose("auto", record)
+    assert len(calls) == 3 * len(KERNELS)
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_record_that_cannot_be_kept_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(selection, "disagreement", lambda *_, **__: "")
+    (tmp_path / "file").write_text("")
+    assert not choose("auto", tmp_path / "file" / "kernels.json").fallbacks
+    assert "cannot keep the outcome of the kernel check" in caplog.text
+
+
+def test_without_metal() -> None:
+    chosen = choose("auto")
+    assert set(chosen.fallbacks.values()) == {"this machine has no Metal device"}
+    assert chosen.functions == {stem: kernel.define for stem, kernel in KERNELS.items()}
+    assert set(choose("off").fallbacks.values()) == {'kernels="off"'}
+    with pytest.raises(KernelError, match='kernels="on": this machine has no Metal device; use'):
+        choose("on")
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no kernel 'attend'"):
+        all_definitions("none").attend  # noqa: B018

@@ -1,0 +1,170 @@
+"""What a kernel must have to exist: a header, a row in the table, clean address spaces, registers.
+
+And the checks in front of each kernel: every message names the kernel, the input, what was expected
+and what was given.
+"""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_gptoss.errors import KernelError
+from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.metal.emulator import check_strict, emulate, ptx
+from mlx_gptoss.metal.emulator.standin import EmulatedKernel
+
+METAL = Path(__file__).resolve().parent.parent / "metal"
+FIELDS = (
+    "Inputs:",
+    "Output:",
+    "Grid:",
+    "Numerics:",
+    "Requires:",
+    "Used when:",
+    "Not fused:",
+    "Source:",
+)
+FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+STORED: list[tuple[str, Dense]] = [
+    ("float32", "plain"),
+    ("bfloat16", "plain"),
+    ("float16", "q8"),
+    ("bfloat16", "q4"),
+]
+FORMS = [
+    (stem, dtype, dense)
+    for stem, kernel in KERNELS.items()
+    for dtype, dense in STORED
+    if kernel.dense or dense == "plain"
+]
+PUBLISHED = Sizes(
+    batch=1, hidden=2880, inter=2880, q_heads=64, kv_heads=8, experts=4, vocab=64, window=128,
+    capacity=256, rows=128, base=200, slot=3, splits=2,
+)  # fmt: skip
+
+
+def metal_text(
+    stem: str, sizes: Sizes, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str]:
+    """The name and the whole Metal source that MLX generates for one call of a kernel."""
+    found: list[tuple[str, str]] = []
+
+    def capture(self: EmulatedKernel, *, inputs: list[mx.array], **options: Any) -> list[mx.array]:
+        wanted = {"template": None, "init_value": None} | options
+        wanted.pop("stream")
+        found.append(self.generated(inputs, wanted))
+        shapes = zip(options["output_shapes"], options["output_dtypes"], strict=True)
+        return [mx.zeros(shape, kind) for shape, kind in shapes]
+
+    monkeypatch.setattr(EmulatedKernel, "__call__", capture)
+    kernel = KERNELS[stem]
+    with emulate():
+        kernel.launch(**kernel.case(Inputs(sizes, dtype=FLOATS[dtype], dense=dense)))
+    return found[0]
+
+
+def test_registry_is_the_folder_and_the_table() -> None:
+    stems = {path.stem for path in METAL.glob("*.metal")}
+    table = re.findall(r"^\| `(\w+)` \|", (METAL / "README.md").read_text(), re.M)
+    assert stems == set(KERNELS) == set(table)
+    assert len(table) == len(stems)
+
+
+@pytest.mark.parametrize("stem", KERNELS)
+def test_header_has_every_field(stem: str) -> None:
+    header = re.match(r"(//.*\n)+", (METAL / f"{stem}.metal").read_text())
+    assert header
+    assert header[0].startswith(f"// {stem}: ")
+    missing = [name for name in FIELDS if f"\n// {name}" not in header[0]]
+    assert not missing
+
+
+@pytest.mark.parametrize(("stem", "dtype", "dense"), FORMS)
+def test_address_spaces(
+    stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one row, where MLX passes small inputs as `constant`, and with nine."""
+    for batch in (1, 9):
+        name, text = metal_text(stem, replace(Sizes(), batch=batch), dtype, dense, monkeypatch)
+        check_strict(text, name)
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
+@pytest.mark.parametrize(("stem", "dtype", "dense"), FORMS)
+def test_arrays_stay_in_registers(
+    stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built for another GPU, no thread needs memory of its own; 128 registers are enough.
+
+    An 8x8 matrix product is one instruction on Apple's GPUs. Here it would be 32 shuffles, whose
+    registers are not the kernel's: one multiply-add of the same operands stands in for it.
+    """
+    name, text = metal_text(stem, PUBLISHED, dtype, dense, monkeypatch)
+    product = "  simdgroup_multiply_accumulate(C, A, B, C);\n"
+    stand_in = "  C.thread_elements() = fma(A.thread_elements(), B.thread_elements(), c);\n"
+    assert text.count(product) == ("Attention" in text)
+    built = ptx.build(text.replace(product, stand_in), name)
+    assert (built.stack_bytes, built.spill_bytes) == (0, 0)
+    assert built.registers is not None
+    assert built.registers <= 128
+
+
+def change(stem: str, **changes: Any) -> None:
+    """Call a kernel with some arguments of its case replaced; nothing is launched."""
+    kernel = KERNELS[stem]
+    given = kernel.case(Inputs(replace(Sizes(), batch=1), dtype=mx.float32))
+    kernel.launch(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("stem", "changes", "message"),
+    [
+        ("attention_decode", {"q": mx.zeros((1, 14, 64))},
+         "query heads: expected a multiple of 5, at most 8 for each KV head, got 14"),
+        ("attention_decode", {"control": mx.zeros((1, 4), mx.int32)},
+         r"control: expected \(1, 8\) int32, got \(1, 4\) int32"),
+        ("attention_decode", {"splits": 0}, "splits: expected at least 1, got 0"),
+        ("attention_reduce", {"sinks": mx.zeros((15,), mx.int32)},
+         r"sinks: expected \(15,\) float32 or float16 or bfloat16, got \(15,\) int32"),
+        ("attention_window", {"ring": (mx.zeros((1, 5, 70, 64)),) * 2},
+         "window: expected a multiple of 32, got 70"),
+        ("attention_window", {"append": (mx.zeros((1, 5, 48, 64), mx.float16),) * 2},
+         r"append keys: expected \(1, 5, 48, 64\) float32, got \(1, 5, 48, 64\) float16"),
+        ("embed", {"width": 100},
+         "table columns: expected a multiple of 32 that fills whole simdgroups, got 100"),
+        ("experts_down", {"residual": mx.zeros((1, 190))},
+         r"residual: expected \(1, 192\) float32, got \(1, 190\) float32"),
+        ("experts_swiglu", {"chosen": 21}, "chosen: expected 1 to 20, got 21"),
+        ("norm_qkv_rope", {"append": (mx.zeros((1, 5, 48, 32)),) * 2},
+         r"append keys: expected \(1, 5, 48, 64\) float32, got \(1, 5, 48, 32\) float32"),
+        ("out_residual", {"residual": mx.zeros((1, 100))},
+         "rows: expected a multiple of 16, got 100"),
+        ("route", {"norm": mx.zeros((191,))}, r"norm: expected \(192,\) float32"),
+        ("sample_token", {"best": mx.zeros((1, 10, 4))}, r"best: expected \(1, 11, 4\) float32"),
+        ("unembed", {"allowed": mx.zeros((704,), mx.bool_)}, r"allowed: expected \(704,\) uint8"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_are_named(stem: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KernelError, match=f'^{stem}: {message}.*load the model with kernels="off"'):
+        change(stem, **changes)
+
+
+@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+def test_experts_are_mxfp4(stem: str) -> None:
+    given = KERNELS[stem].case(Inputs(Sizes(), dtype=mx.float32))
+    name = "gate" if stem == "experts_swiglu" else "down"
+    affine = replace(given[name], mode="affine")
+    with pytest.raises(KernelError, match=f"{stem}: {name}: expected mxfp4 weights, got affine"):
+        KERNELS[stem].launch(**given | {name: affine})
+
+
+def test_dense_matrices_have_4_or_8_bits() -> None:
+    given = KERNELS["embed"].case(Inputs(Sizes(), dtype=mx.float32, dense="q8"))
+    with pytest.raises(KernelError, match="embed: table bits: expected 4 or 8, got 3"):
+        KERNELS["embed"].launch(**given | {"matrix": replace(given["matrix"], bits=3)})
