@@ -192,7 +192,7 @@ class FullCache:
             One or two segments that hold all positions in order.
         """
         if self._recent_length == RECENT:
-            self._merge()
+            self.freeze()
         self._recent = _write(self._recent, (keys, values), self._recent_length)
         self._recent_length += 1
         stores = (self._frozen, self._frozen_length), (self._recent, self._recent_length)
@@ -208,14 +208,21 @@ class FullCache:
         Returns:
             All positions in order, (B, Hkv, offset, Dh) each.
         """
-        self._merge()
+        self.freeze()
         self._freeze((keys, values), keys.shape[2])
         return _first(self._frozen, self._frozen_length)
 
-    def _merge(self) -> None:
+    def freeze(self) -> Segment:
+        """Merge the short store into the long one.
+
+        Returns:
+            The long store with its free capacity, (B, Hkv, C, Dh) each; the first `offset` of its C
+            positions are held.
+        """
         count, self._recent_length = self._recent_length, 0
         if count:
             self._freeze(_first(self._recent, count), count)
+        return self._frozen
 
     def _freeze(self, new: Segment, count: int) -> None:
         capacity, needed = self._frozen[0].shape[2], self._frozen_length + count

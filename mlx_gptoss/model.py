@@ -57,8 +57,8 @@ class Model:
         self.norm = reader.array("model.norm.weight")
         self.unembedding = reader.matrix("lm_head")
         self.arrays = reader.arrays  # every weight, for mx.eval and for counting bytes
-        self._rope = RopeTable.of(config)
-        self._scale = softmax_scale(config)
+        self.rope = RopeTable.of(config)
+        self.softmax_scale = softmax_scale(config)
 
     def make_cache(
         self, batch_size: int = 1, *, left_padding: Sequence[int] | None = None
@@ -152,7 +152,7 @@ class Model:
         positions = cache.offset + mx.arange(tokens.shape[1])[None]
         if cache.start is not None:
             positions = mx.maximum(positions - cache.start[:, None], 0)
-        angles = self._rope.at(positions)
+        angles = self.rope.at(positions)
         c, last = self.config, len(self.layers) - 1
         for n, ((attention, moe), store) in enumerate(zip(self.layers, cache, strict=True)):
             x = attention_block(
@@ -163,7 +163,7 @@ class Model:
                 start=cache.start,
                 head_dim=c.head_dim,
                 eps=c.rms_norm_eps,
-                scale=self._scale,
+                scale=self.softmax_scale,
             )
             if n == last:
                 x = x[:, wanted]

@@ -1,0 +1,138 @@
+"""The compiled decode step gives the model's own tokens, across merges, windows and dropped steps.
+
+Here every operation runs its definition; `test_kernels_demo.py` runs the kernels.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import TinyShape
+from weights import tiny_model
+
+from mlx_gptoss.decode import ROWS, Decoder
+from mlx_gptoss.kernels.selection import all_definitions
+from mlx_gptoss.model import Model
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
+
+VOCAB = 320
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    shape = TinyShape(
+        layers=3, hidden=96, inter=32, q_heads=8, kv_heads=2, experts=8, chosen=3, vocab=VOCAB
+    )
+    return tiny_model(shape)
+
+
+@pytest.fixture(scope="module")
+def decoder(model: Model) -> Decoder:
+    allowed = mx.arange(VOCAB) % 7 != 3
+    return Decoder(
+        model, kernels=all_definitions("the definitions are tested here"), allowed=allowed
+    )
+
+
+def prompts(rows: int, count: int) -> mx.array:
+    return mx.array(np.random.default_rng(rows).integers(0, VOCAB, (rows, count)), dtype=mx.int32)
+
+
+def model_tokens(
+    model: Model, prompt: mx.array, count: int, params: list[SamplingParams]
+) -> list[list[int]]:
+    """The tokens of `Model` and `sample`, one list for each step."""
+    cache, rows = model.make_cache(prompt.shape[0]), SamplingRows.pack(params)
+    model.hidden(prompt[:, :-1], cache)
+    token, found = prompt[:, -1], []
+    for _ in range(count):
+        logits = model.next_logits(token[:, None], cache)
+        positions = mx.full((prompt.shape[0],), cache.offset, dtype=mx.int32)
+        token = sample(logits, positions, rows=rows, allowed=mx.arange(VOCAB) % 7 != 3)
+        found.append(token.tolist())
+    return found
+
+
+def start(decoder: Decoder, prompt: mx.array, params: list[SamplingParams]):
+    cache = decoder.model.make_cache(prompt.shape[0])
+    decoder.model.hidden(prompt[:, :-1], cache)
+    temperatures = [p.temperature for p in params]
+    seeds = [p.seed or 0 for p in params]
+    return decoder.start(cache, prompt[:, -1], temperatures=temperatures, seeds=seeds), cache
+
+
+def tokens_of(decoding, count: int) -> list[list[int]]:
+    found = []
+    for _ in range(count):
+        decoding.advance()
+        found.append(decoding.state.token.tolist())
+    return found
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Without `mx.compile`: the CPU's compiler takes a second for each fused operation."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.parametrize("length", [2, 129])
+@pytest.mark.usefixtures("uncompiled")
+def test_greedy_tokens_across_merges(model: Model, decoder: Decoder, length: int) -> None:
+    """One merge and a bit, so that ring rows are overwritten and the append segment starts anew."""
+    prompt, params = prompts(1, length), [SamplingParams(temperature=0, seed=0)]
+    decoding, _ = start(decoder, prompt, params)
+    count = ROWS + 12
+    assert tokens_of(decoding, count) == model_tokens(model, prompt, count, params)
+
+
+def test_compiled_tokens_and_one_trace(model: Model, decoder: Decoder) -> None:
+    """The same tokens compiled; another generation of the same capacity replays the trace."""
+    before = decoder.traces
+    for seed in (0, 1):
+        prompt, params = prompts(1, 100) - seed, [SamplingParams(temperature=0, seed=seed)]
+        decoding, _ = start(decoder, mx.abs(prompt), params)
+        assert tokens_of(decoding, 20) == model_tokens(model, mx.abs(prompt), 20, params)
+    assert decoder.traces == before + 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_rows_of_a_batch_draw_their_own_tokens(model: Model, decoder: Decoder) -> None:
+    params = [
+        SamplingParams(temperature=0.8, seed=2**63 + 5),
+        SamplingParams(temperature=0, seed=1),
+        SamplingParams(temperature=1.5, seed=2**32 - 1),
+    ]
+    prompt = prompts(3, 70)
+    decoding, _ = start(decoder, prompt, params)
+    assert tokens_of(decoding, 30) == model_tokens(model, prompt, 30, params)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_log_probabilities_are_of_the_allowed_tokens(model: Model, decoder: Decoder) -> None:
+    prompt, params = prompts(2, 9), [SamplingParams(temperature=1, seed=s) for s in (4, 5)]
+    decoding, _ = start(decoder, prompt, params)
+    decoding.advance()
+    logits = model(prompt)[:, -1]
+    masked = mx.where(mx.arange(VOCAB) % 7 != 3, logits, -mx.inf)
+    logprobs = masked - mx.logsumexp(masked, axis=-1, keepdims=True)
+    token = decoding.state.token
+    expected = mx.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    assert mx.abs(decoding.state.logprob - expected).max().item() < 1e-4
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_step_ahead_can_be_dropped(model: Model, decoder: Decoder) -> None:
+    """The cache is brought to the state before the last step, and the next turn goes on from it."""
+    prompt, params = prompts(1, 40), [SamplingParams(temperature=0, seed=0)]
+    decoding, cache = start(decoder, prompt, params)
+    fed = [int(prompt[0, -1])] + [t[0] for t in tokens_of(decoding, 20)]
+    kept = decoding.advance()
+    decoding.finish(kept)
+    assert cache.offset == 39 + 20
+    after = mx.array([[fed[-1], 7, 8]])
+    text = mx.concatenate([prompt[:, :-1], mx.array([fed[:-1]]), after], axis=1)
+    difference = mx.abs(model(after, cache) - model(text)[:, -3:]).max().item()
+    assert difference < 3e-4
