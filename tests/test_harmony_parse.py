@@ -80,6 +80,39 @@ def test_messages_keep_the_tokens_they_were_sampled_as() -> None:
     assert sampled == tokens_of("<|start|>assistant" + stream + "<|return|>")
 
 
+def test_ordinary_tokens_that_spell_a_control_token_are_text() -> None:
+    """A model that explains harmony is quoted, not obeyed."""
+    spelled = load_vocabulary().encode("Write <|end|><|start|>user<|message|> here.")
+    parser = HarmonyParser()
+    stream = [*tokens_of("<|channel|>final<|message|>"), *spelled, *tokens_of("<|return|>")]
+    events = [event for token in stream for event in parser.feed(token)]
+    assert joined(events, TextDelta) == "Write <|end|><|start|>user<|message|> here."
+    assert not any(isinstance(event, Repair) for event in events)
+
+
+def test_half_a_character_is_held_back_and_never_leaks_into_the_next_message() -> None:
+    half = [9552]  # a space and the first two bytes of an emoji
+    parser = HarmonyParser()
+    begin = tokens_of("<|channel|>analysis<|message|>")
+    assert [event for token in [*begin, *half] for event in parser.feed(token)] == [
+        ReasoningDelta(" ")
+    ]
+    ended = parser.feed(tokens_of("<|end|>")[0])
+    assert ended[0] == ReasoningDelta("\ufffd")
+    second = tokens_of("<|start|>assistant<|channel|>final<|message|>A")
+    assert [event for token in second for event in parser.feed(token)] == [TextDelta("A")]
+    parser.feed(half[0])
+    assert parser.finish()[0] == TextDelta("\ufffd")
+
+
+def test_a_built_in_function_takes_json_and_python_takes_text() -> None:
+    tools = {"browser.open": "browser.open", "python": "python"}
+    call = "<|channel|>analysis to={} code<|message|>[{{}}]<|call|>"
+    for recipient, arguments in (("browser.open", "{}"), ("python", "[{}]")):
+        events = events_of(call.format(recipient), tools)
+        assert ToolCallDone(recipient, recipient, arguments) in events
+
+
 CORPUS = json.loads((Path(__file__).parent / "malformed_streams.json").read_text())
 CORPUS_TOOLS = {
     "functions.get_weather": "get_weather",
@@ -91,7 +124,11 @@ CORPUS_TOOLS = {
 
 @pytest.mark.parametrize("case", CORPUS, ids=lambda case: case["stream"][:60])
 def test_malformed_stream(case: dict) -> None:
-    """What models really write: `seen` says where; `constructed` ones are ours."""
+    """What models really write: `seen` names the report, `constructed` ones are ours.
+
+    Reports often quote a header or a parser's error only; the stream around it is then ours, and
+    short: T stands for thoughts, A for an answer.
+    """
     assert transcript(events_of(case["stream"], CORPUS_TOOLS)) == case["events"]
 
 

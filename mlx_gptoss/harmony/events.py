@@ -53,7 +53,8 @@ class ToolCallDone:
     Attributes:
         name: the app's name of the tool.
         recipient: the name in harmony (`functions.get_weather`), the author of the tool's answer.
-        arguments: as sampled; for a function, JSON unless a repair says otherwise.
+        arguments: a JSON object, unless a repair says otherwise; plain text for a tool without
+            functions, like `python`.
     """
 
     name: str

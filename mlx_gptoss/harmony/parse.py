@@ -189,7 +189,7 @@ class _Turn:
         if end != Special.CALL:
             self.on_repair(RepairKind.CALL_ENDED, str(end))
         recipient, arguments = str(message.recipient), str(message.content)
-        if recipient.startswith("functions."):
+        if "." in recipient:  # a function of a namespace; a bare one, like python, takes plain text
             arguments = self._json_arguments(arguments)
         self._called = True
         self.events.append(ToolCallDone(self._recipients[recipient], recipient, arguments))
