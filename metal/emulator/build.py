@@ -56,6 +56,8 @@ _PTX = (
 _INSTRUMENTED = (
     "-fsanitize=kernel-address", "-mllvm", "-asan-instrumentation-with-call-threshold=0",
     "-mllvm", "-asan-globals=0", "-mllvm", "-asan-stack=0",
+    # without it the store of `a[i] += b` would go unseen: its address was checked for the load
+    "-mllvm", "-asan-opt=0",
     "-mllvm", "-asan-kernel-mem-intrinsic-prefix=1",
     "-fsanitize=alignment,bounds,integer-divide-by-zero",
     "-fno-sanitize-recover=alignment,bounds,integer-divide-by-zero",

@@ -1,0 +1,143 @@
+"""The mutants; the machinery is in mutations.py."""
+
+import numpy as np
+
+from mlx_gptoss.metal.emulator import Buffer
+from tests.emulator.mutations import ROWS, Mutant
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // "
+M, S, X = "mxfp4_rows", "scan", "softmax_looped (MLX)"
+BODY = "  float sum = 0;\n"
+LAST = "  if (lane == 0 && row < rows) y[row]"
+CODES = "*(const device uint4*)(w + (at * blocks + b) * 4)"
+
+MUTANTS = [
+    # barriers
+    Mutant(M, "barrier A deleted", "threadgroup-race", BARRIER + "A"),
+    Mutant(M, "barrier B deleted", "threadgroup-race", BARRIER + "B"),
+    Mutant(M, "barrier C deleted", "threadgroup-race", BARRIER + "C"),
+    Mutant(M, "barrier B for device memory only", "threadgroup-race", BARRIER + "B",
+           "threadgroup_barrier(mem_flags::mem_device);"),
+    Mutant(M, "barrier C for the simdgroup only", "threadgroup-race", BARRIER + "C",
+           "simdgroup_barrier(mem_flags::mem_threadgroup);"),
+    Mutant(M, "barrier in one simdgroup", "divergent-barrier", "total[0] = most + fast::log(all);",
+           "total[0] = most + fast::log(all); threadgroup_barrier(mem_flags::mem_threadgroup);"),
+    Mutant(M, "barrier in some lanes", "divergent-simd", BODY,
+           BODY + "if (tid < 40) threadgroup_barrier(mem_flags::mem_none);\n"),
+    Mutant(M, "barrier in two of four simdgroups", "divergent-barrier", BODY,
+           BODY + "if (tid < 64) threadgroup_barrier(mem_flags::mem_none);\n"),
+    Mutant(M, "early return before a barrier", "divergent-barrier", BODY,
+           BODY + "if (row >= rows) return;\n"),
+    Mutant(S, "simdgroup barrier A deleted", "lock-step",
+           "simdgroup_barrier(mem_flags::mem_threadgroup);  // A"),
+    Mutant(S, "simdgroup barrier A orders nothing", "lock-step",
+           "simdgroup_barrier(mem_flags::mem_threadgroup);  // A",
+           "simdgroup_barrier(mem_flags::mem_none);"),
+    Mutant(S, "simdgroup barrier in half the lanes", "divergent-barrier",
+           "simdgroup_barrier(mem_flags::mem_threadgroup);  // A",
+           "if (lane < 16) simdgroup_barrier(mem_flags::mem_threadgroup);"),
+    Mutant(S, "barrier B deleted", "threadgroup-race", BARRIER + "B"),
+    Mutant(S, "barrier C deleted", "device-race",
+           "threadgroup_barrier(mem_flags::mem_device);  // C"),
+    Mutant(S, "barrier C for threadgroup memory only", "device-race",
+           "threadgroup_barrier(mem_flags::mem_device);  // C",
+           "threadgroup_barrier(mem_flags::mem_threadgroup);"),
+    # simd operations
+    Mutant(M, "simd_sum in some lanes", "divergent-simd",
+           "float all = simd_sum(fast::exp(part[lane] - most));",
+           "float all = 0; if (lane < 4) all = simd_sum(fast::exp(part[lane] - most));"),
+    Mutant(M, "two lanes' sums left out", "values", "distance = 16; distance;",
+           "distance = 16; distance > 1;"),
+    Mutant(M, "wrong lanes exchanged", "values", "simd_shuffle_xor(sum, distance)",
+           "simd_shuffle_xor(sum, ushort(distance / 2))"),
+    Mutant(S, "different simd operations in two halves", "divergent-simd",
+           "uint all = simd_sum(value);",
+           "uint all = lane < 16 ? simd_sum(value) : simd_max(value);"),
+    Mutant(S, "exclusive for inclusive prefix", "values", "simd_prefix_inclusive_sum",
+           "simd_prefix_exclusive_sum"),
+    Mutant(S, "last lane mistaken", "values", "if (lane == 31) last", "if (lane == 30) last"),
+    # indices and bounds
+    Mutant(M, "next row's codes", "out-of-bounds", "(w + (at * blocks + b) * 4)",
+           "(w + ((at + 1) * blocks + b) * 4)"),
+    Mutant(M, "codes before the buffer", "out-of-bounds", "(w + (at * blocks + b) * 4)",
+           "(w + (int(at * blocks + b) - 3) * 4)"),
+    Mutant(M, "x read one too far", "out-of-bounds", "shared[i] = x[i]", "shared[i] = x[i + 1]"),
+    Mutant(M, "threadgroup array read one too far", "array-index", "shared[b * 32 + q]",
+           "shared[b * 32 + q + 1]"),
+    Mutant(M, "threadgroup array written past its end", "array-index", "part[simdgroup] = row",
+           "part[simdgroup + 30] = row"),
+    Mutant(M, "threadgroup array overrun through a pointer", "out-of-bounds",
+           "if (lane == 0) part[simdgroup] = row", "threadgroup float* p = part; "
+           "if (lane == 0) p[simdgroup == 3 ? 33 : simdgroup] = row"),
+    Mutant(M, "array of a thread overrun", "array-index", "float partial = 0;",
+           "float partial = 0, low[4]; for (uint k = 0; k <= b; k++) low[k] = partial;"),
+    Mutant(M, "tail guard of the load missing", "out-of-bounds", "min(row, rows - 1)", "row"),
+    Mutant(M, "tail guard of the store missing", "out-of-bounds", LAST, "  if (lane == 0) y[row]"),
+    Mutant(M, "tail guard off by one", "unwritten-output", LAST,
+           "  if (lane == 0 && row + 1 < rows) y[row]"),
+    Mutant(S, "neighbour of the first lane", "array-index",
+           "lane == 0 ? sum : sum - line[tid - 1]", "sum - line[tid - 1]"),
+    Mutant(S, "one simdgroup too many added", "values", "k < simdgroup;", "k <= simdgroup;"),
+    Mutant(X, "edge of the row not guarded", "out-of-bounds",
+           "(offset + i < axis_size) ? AccT", "(offset + i < 2 * axis_size) ? AccT"),
+    # decoding
+    Mutant(M, "nibbles in the wrong order", "values", "4 * (q % 8)", "4 * (q % 8 ^ 1)"),
+    Mutant(M, "scale of the neighbouring block", "values", "scales[at * blocks + b]",
+           "scales[at * blocks + (b ^ 1) % blocks]"),
+    Mutant(M, "sign bit taken for magnitude", "values", "(code & 7) << 9", "(code & 15) << 9"),
+    # memory contents
+    Mutant(M, "partial sums not initialised", "uninitialised-read",
+           "if (simdgroup == 0) part[lane] = -INFINITY;"),
+    Mutant(M, "total never written", "uninitialised-read",
+           "if (lane == 0) total[0] = most + fast::log(all);"),
+    Mutant(S, "output read before it is written", "uninitialised-read", "sums[i] = sum;",
+           "sums[i] += sum;"),
+    Mutant(M, "store to an input", "read-only", LAST,
+           "  if (lane == 0 && row < rows) ((device float*)bias)[row] = 0;\n" + LAST),
+    # races
+    Mutant(M, "two simdgroups write one row", "device-race", "y[row] =", "y[row & ~1u] ="),
+    Mutant(S, "two threadgroups write one place", "device-race", "steps[i] =", "steps[tid] ="),
+    Mutant(S, "plain for atomic addition", "device-race",
+           "atomic_fetch_add_explicit(total, all, memory_order_relaxed)",
+           "*(device uint*)total += all"),
+    Mutant(S, "memory reused too early", "threadgroup-race", "  line[tid] = sum;",
+           "  line[255 - tid] = value; line[tid] = sum;"),
+    # alignment, arithmetic, limits
+    Mutant(M, "misaligned vector load", "misaligned", "(w + (at * blocks + b) * 4)",
+           "(w + min((at * blocks + b) * 4 + 1, rows * blocks * 4 - 4))"),
+    Mutant(M, "misaligned vector load, one component used", "misaligned", BODY, BODY +
+           "if ((*(const device uint4*)(w + 1 + lane)).x == ~0u) sum += 1;\n"),
+    Mutant(M, "division by zero", "division-by-zero", "columns / 32;", "columns / (lane >> 5);"),
+    Mutant(M, "too much threadgroup memory", "threadgroup-memory", "shared[1312]", "shared[8192]"),
+    Mutant(M, "double", "compile", "float sum = 0;", "double sum = 0;"),
+    # address spaces
+    Mutant(M, "device pointer to threadgroup memory", "strict", BODY,
+           BODY + "const device float* p = shared; sum += 0 * p[0];\n"),
+    Mutant(M, "helper for another space", "strict", BODY, BODY + "sum += 0 * first(shared);\n"),
+    Mutant(M, "constant written", "strict", BODY, BODY + "if (tid > 128) columns = 3;\n"),
+    # launch
+    Mutant(M, "threadgroup of 64", "uninitialised-read",
+           launch={"grid": (6 * 64, 1, 1), "threadgroup": (64, 1, 1)}),
+    Mutant(M, "threadgroup of 256", "device-race",
+           launch={"grid": (6 * 256, 1, 1), "threadgroup": (256, 1, 1)}),
+    Mutant(M, "threadgroup of 2048", "too-many-threads",
+           launch={"grid": (6 * 2048, 1, 1), "threadgroup": (2048, 1, 1)}),
+    Mutant(M, "grid one threadgroup short", "unwritten-output", launch={"grid": (5 * 128, 1, 1)}),
+    Mutant(M, "bias in half precision", "buffer",
+           launch={"buffers": {"bias": Buffer.of(np.zeros(ROWS, np.float16))}}),
+    Mutant(M, "scales of one row missing", "out-of-bounds",
+           launch={"buffers": {"scales": Buffer.of(np.full((ROWS - 1) * 41, 120, np.uint8))}}),
+    Mutant(X, "threadgroup of 512", "uninitialised-read",
+           launch={"grid": (2 * 512, 1, 1), "threadgroup": (512, 1, 1)}),
+    # code of MLX
+    Mutant(X, "maximum of simdgroups not shared", "uninitialised-read",
+           "local_max[simd_group_id] = maxval;"),
+    Mutant(X, "first barrier deleted", "threadgroup-race",
+           BARRIER[:-5] + "\n  maxval = simd_max(local_max", "maxval = simd_max(local_max"),
+    Mutant(X, "second barrier deleted", "threadgroup-race",
+           BARRIER[:-5] + "\n  normalizer =", "normalizer ="),
+    Mutant(X, "sum not rescaled to the new maximum", "values",
+           "normalizer *= softmax_exp(prevmax - maxval);\n  normalizer", "normalizer"),
+    Mutant(X, "maximum not subtracted", "values", "in[offset + i] - maxval) *",
+           "in[offset + i]) *"),
+]  # fmt: skip
