@@ -342,6 +342,15 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize(("closed", "prompt", "code"), [(">&- 2>&-", "Hi", 0), ("<&-", "", 2)])
+def test_streams_that_were_closed_before_it_began(closed: str, prompt: str, code: int) -> None:
+    line = f'exec "{sys.executable}" tests/scripted.py answered generate {prompt} {closed}'
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_commands_are_short_and_documented() -> None:
     for name, command in main.commands.items():
         assert isinstance(command, click.Command) and command.help, name

@@ -2,10 +2,16 @@
 
 import sys
 import time
+from typing import IO
 
 import click
 
 INTERVAL_S = 0.1
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Whether people watch a stream; one that was closed before we began is None."""
+    return stream is not None and stream.isatty()
 
 
 def note(text: str, *, quiet: bool = False) -> None:
@@ -43,7 +49,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._live = sys.stderr.isatty()
+        self._live = is_terminal(sys.stderr)
         self._phase = ""
         self._began = self._told = 0.0
         self._first = 0

@@ -124,7 +124,7 @@ def generate(
 
 def _prompt_text(prompt: str | None) -> str:
     """The prompt of the command line, or of standard input."""
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("Missing PROMPT: give it as an argument, through a pipe, or as `-`")
     text = "-" if prompt is None else prompt
     if text == "-":

@@ -6,7 +6,7 @@ from enum import Enum
 
 import click
 
-from mlx_gptoss.cli.console import size
+from mlx_gptoss.cli.console import is_terminal, size
 from mlx_gptoss.harmony import Event, MessageDone, PreambleDelta, ReasoningDelta, TextDelta
 from mlx_gptoss.turn import Reply
 from mlx_gptoss.vocabulary import TextDecoder, load_vocabulary
@@ -28,7 +28,7 @@ def reasoning_place(*, show_reasoning: bool) -> Reasoning:
     """Where reasoning goes by default: to people who watch, and to nobody else."""
     if show_reasoning:
         return Reasoning.STDERR
-    return Reasoning.DIMMED if sys.stdout.isatty() else Reasoning.HIDDEN
+    return Reasoning.DIMMED if is_terminal(sys.stdout) else Reasoning.HIDDEN
 
 
 class Printer:
@@ -40,7 +40,7 @@ class Printer:
 
     def __init__(self, reasoning: Reasoning) -> None:
         self._reasoning = reasoning
-        self._on_terminal = sys.stdout.isatty()
+        self._on_terminal = is_terminal(sys.stdout)
         self._open = False  # stdout is inside a line
         self._thought = False  # reasoning was shown and no answer since
         self._decoder, self._decoded = TextDecoder(), 0
