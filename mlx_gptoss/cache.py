@@ -181,6 +181,11 @@ class FullCache:
         """What must be evaluated for this cache to be up to date."""
         return *self._frozen, *self._recent
 
+    @property
+    def merges_next(self) -> bool:
+        """Whether the next `append` merges: in place, if nobody holds the long store by then."""
+        return self._recent_length == RECENT
+
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
         """Add one position per row.
 
@@ -191,7 +196,7 @@ class FullCache:
         Returns:
             One or two segments that hold all positions in order.
         """
-        if self._recent_length == RECENT:
+        if self.merges_next:
             self.freeze()
         self._recent = _write(self._recent, (keys, values), self._recent_length)
         self._recent_length += 1
@@ -303,6 +308,14 @@ class ModelCache:
     def nbytes(self) -> int:
         """Size of all layers, in bytes."""
         return sum(layer.nbytes for layer in self._layers)
+
+    @property
+    def merges_next(self) -> bool:
+        """Whether the next single position moves long stores.
+
+        That is in place only if no step is in flight and no snapshot is held; else each is copied.
+        """
+        return any(isinstance(layer, FullCache) and layer.merges_next for layer in self._layers)
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -220,8 +220,8 @@ class Generation(Iterator[int]):
             while True:
                 self._emitted += 1
                 full = self._emitted == self._limit
-                if not full:  # launched before the host waits for `token`
-                    ahead = self._step(token)
+                if not full and not self.cache.merges_next:
+                    ahead = self._step(token)  # launched before the host waits for `token`
                 chosen = int(token)
                 self._note_time()
                 if chosen in self._stop:
@@ -229,12 +229,16 @@ class Generation(Iterator[int]):
                 elif full:
                     self.finish = Finish.LENGTH
                 yield chosen
-                if self.finish or ahead is None:
+                if self.finish:
                     return
+                if ahead is None:  # one step in 128, with nothing in flight and no snapshot held,
+                    kept = None  # so that long stores are merged in place
+                    ahead = self._step(token)
                 token, ahead, kept = ahead, None, self.cache.snapshot()
         finally:
             self._engine.dropped = ahead
-            self.cache.restore(kept)
+            if kept is not None:
+                self.cache.restore(kept)
 
     def _prefill(self) -> mx.array:
         """Feed the prompt in chunks; (1, V) logits after its last token."""

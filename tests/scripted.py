@@ -43,6 +43,8 @@ def tokens_of(script: str) -> list[int]:
 class ScriptedCache:
     """Counts tokens."""
 
+    merges_next = False
+
     def __init__(self) -> None:
         self.offset = self.prompt_length = 0
         self.arrays: list[mx.array] = []

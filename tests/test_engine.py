@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from weights import tiny_model
 
+from mlx_gptoss.cache import FullCache
 from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.sampling import SamplingParams
@@ -22,6 +23,12 @@ PROMPT = [7, 1, 30, 2, 2, 51, 9, 44, 0, 13]
 
 class HashCache:
     """Holds a running hash of the tokens fed: feeding one twice, or none, changes what follows."""
+
+    merge_every = 0  # tokens; 0 never merges
+
+    @property
+    def merges_next(self) -> bool:
+        return bool(self.merge_every) and self.offset % self.merge_every == 0
 
     def __init__(self) -> None:
         self.offset, self.state = 0, mx.array([1], dtype=mx.int32)
@@ -100,6 +107,21 @@ def test_the_device_is_one_step_ahead_and_never_two() -> None:
     for _ in generation:
         launched.append(len(model.fed))
     assert launched == [2, 3, 4, 5, 5]
+
+
+def test_the_step_that_merges_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging with a step in flight or a snapshot held would copy every long store."""
+    monkeypatch.setattr(HashCache, "merge_every", 4)
+    model = HashModel()
+    launched = []
+    generation = engine(model).generate(PROMPT, sampling=GREEDY, max_tokens=9)
+    tokens = [(token, launched.append(len(model.fed)))[0] for token in generation]
+    assert tokens == greedy(PROMPT, 9)
+    assert launched == [2, 3, 3, 5, 6, 7, 7, 9, 9], "the cache holds 12 and 16 at the third and 7th"
+    for count in range(1, 9):
+        with engine().generate(PROMPT, sampling=GREEDY) as cancelled:
+            first = [next(cancelled) for _ in range(count)]
+        assert_cache_holds(cancelled.cache, PROMPT + first[:-1])
 
 
 @pytest.mark.parametrize("chunk", [4, 512])
@@ -295,3 +317,24 @@ def test_a_real_model_goes_on_from_a_cancelled_turn(taken: int) -> None:
     )
     assert first + list(rest) == whole
     assert rest.stats.cached_tokens == len(prompt) + taken - 1
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_long_store_is_merged_in_place_unless_held(hold: bool) -> None:
+    """Why the engine lets go of its snapshot first: at full context the copy would be gigabytes."""
+    cache = FullCache((1, 2, 64), mx.float32)
+    new = mx.ones((1, 2, 1, 64))
+    cache.extend(*[mx.zeros((1, 2, 3900, 64))] * 2)
+    while not cache.merges_next:
+        cache.append(new, new)
+        mx.eval(cache.arrays)
+    long_store = sum(array.nbytes for array in cache.arrays[:2])
+    snapshot = cache.snapshot() if hold else None
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    cache.append(new, new)
+    mx.eval(cache.arrays)
+    grown = mx.get_peak_memory() - before
+    assert (grown > 0.9 * long_store) == hold, f"{grown} bytes more, the store has {long_store}"
+    del snapshot
