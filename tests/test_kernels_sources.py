@@ -115,6 +115,20 @@ def test_arrays_stay_in_registers(
     assert built.registers <= 128
 
 
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
+@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+def test_instructions_of_a_block(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the bandwidth of an M1 Max a lane has 225 instructions for a block of 32 codes.
+
+    Both kernels are written out for 16 blocks a lane; prologue and choice of experts are counted
+    with them. The instructions are PTX's, not Apple's.
+    """
+    name, text = metal_text(stem, PUBLISHED, "bfloat16", "plain", monkeypatch)
+    code = ptx.build(text, name).text.split(".visible .entry")[0]
+    instructions = re.findall(r"^\s+(?:@!?%p\d+\s+)?[a-z][\w.]*[ ;]", code, re.M)
+    assert 88 <= len(instructions) / 16 <= 180  # 88: the decoding and the products alone
+
+
 def change(stem: str, **changes: Any) -> None:
     """Call a kernel with some arguments of its case replaced; nothing is launched."""
     kernel = KERNELS[stem]

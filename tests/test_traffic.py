@@ -1,0 +1,41 @@
+"""The kernels' memory traffic: under the targets, and no worse than the committed counters."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks.traffic import AT_32K, GOLDENS, MODEL, Row, golden_cases, measure
+from mlx_gptoss.kernels.cases import Dense
+
+GOLDEN = {name: Row(**row) for name, row in json.loads(GOLDENS.read_text()).items()}
+COUNTERS = ("threadgroup_bytes", "distinct_sectors_ratio", "instruction_sectors_ratio",
+            "requested_ratio", "streamed_ratio", "simd_per_kib")  # fmt: skip
+
+
+def test_every_kernel_has_a_golden() -> None:
+    assert set(GOLDEN) == {f"{stem} {dense}" for stem, dense in golden_cases()}
+
+
+@pytest.mark.parametrize(("stem", "dense"), golden_cases())
+def test_no_counter_grows(stem: str, dense: Dense) -> None:
+    """After an intended change: `python benchmarks/traffic.py --write`, and say why it grew."""
+    found, golden = asdict(measure(stem, MODEL, dense=dense)), asdict(GOLDEN[f"{stem} {dense}"])
+    grown = {n: (golden[n], found[n]) for n in COUNTERS if found[n] > golden[n] * 1.001}
+    assert not grown, f"{stem} {dense}: committed, found: {grown}"
+
+
+@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+def test_targets_of_the_expert_kernels(stem: str) -> None:
+    row = GOLDEN[f"{stem} plain"]
+    assert row.distinct_sectors_ratio <= 1.25
+    assert row.instruction_sectors_ratio <= 2.0
+    assert row.streamed_ratio == 1.0
+
+
+def test_keys_and_values_are_read_once_at_32k() -> None:
+    """A few splits stand for all: the ratio is of the keys in them."""
+    sizes = replace(AT_32K, kv_heads=1, q_heads=8)
+    row = measure("attention_decode", sizes, dense="plain")
+    assert row.streamed_ratio <= 1.05
+    assert row.distinct_sectors_ratio <= 1.05
