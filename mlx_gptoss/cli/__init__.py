@@ -19,6 +19,7 @@ from mlx_gptoss.cli.download import download
 from mlx_gptoss.cli.generate import generate
 from mlx_gptoss.cli.info import info
 from mlx_gptoss.cli.plan import plan
+from mlx_gptoss.cli.verify import verify
 from mlx_gptoss.errors import GptOssError
 
 
@@ -68,5 +69,5 @@ def main() -> None:
     """Run OpenAI's gpt-oss models on a Mac: offline, exact, fast."""
 
 
-for _command in (generate, download, convert, info, plan, doctor):
+for _command in (generate, download, convert, info, plan, doctor, verify):
     main.add_command(_command)

@@ -1,0 +1,93 @@
+"""Our kernels with a user's own weights: the cases of `kernels.cases`, their weights replaced.
+
+Of the experts and of the vocabulary only the first few take part: each is treated alike.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.kernels.agreement import compare
+from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import check_sizes
+from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.model import Model
+
+
+def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
+    """Run a kernel and its definition with the weights of one layer.
+
+    Args:
+        stem: of the kernel.
+        model: whose weights are used.
+        layer: which layer's.
+
+    Returns:
+        What is wrong with the kernel here; empty if it agrees.
+    """
+    kernel = KERNELS[stem]
+    make = Inputs(_sizes(model.config), dtype=model.dtype, dense=_dense(model))
+    arguments = kernel.case(make)
+    arguments |= {
+        k: v for k, v in _weights(stem, model, layer, make.sizes).items() if k in arguments
+    }
+    try:
+        worst = max(compare(kernel, arguments))
+    except Exception as error:  # whatever Metal's compiler or driver says is the finding
+        return f"failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return "" if worst <= 1 else f"differs by {worst:.3g} times its tolerance"
+
+
+def _sizes(c: ModelConfig) -> Sizes:
+    model = replace(
+        Sizes(),
+        hidden=c.hidden_size,
+        inter=c.intermediate_size,
+        q_heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        experts=c.num_local_experts,
+        chosen=c.num_experts_per_tok,
+        vocab=c.vocab_size,
+        window=c.sliding_window,
+    )
+    return check_sizes(model)
+
+
+def _dense(model: Model) -> Dense:
+    bits = model.unembedding.bits
+    return "plain" if bits is None else "q8" if bits == 8 else "q4"
+
+
+def _weights(stem: str, model: Model, layer: int, sizes: Sizes) -> dict[str, Any]:
+    """The model's weights under the names of the kernels' arguments."""
+    attention, moe = model.layers[layer]
+    norms = {"norm_qkv_rope": attention.norm, "route": moe.norm}
+    outer = {"embed": model.embedding, "unembed": model.unembedding}
+    return {
+        "matrix": first(outer[stem], sizes.vocab) if stem in outer else attention.out,
+        "norm": norms.get(stem, model.norm),
+        "projections": (attention.q, attention.k, attention.v),
+        "sinks": attention.sinks,
+        "router": first(moe.router, sizes.experts),
+        "gate": first(moe.gate, sizes.experts),
+        "up": first(moe.up, sizes.experts),
+        "down": first(moe.down, sizes.experts),
+    }
+
+
+def first(matrix: Matrix, count: int) -> Matrix:
+    """The first rows of a matrix, or the first experts of a stack."""
+
+    def cut(array: mx.array | None) -> mx.array | None:
+        return None if array is None else mx.contiguous(array[:count])
+
+    return replace(
+        matrix,
+        weight=mx.contiguous(matrix.weight[:count]),
+        bias=cut(matrix.bias),
+        scales=cut(matrix.scales),
+        offsets=cut(matrix.offsets),
+    )

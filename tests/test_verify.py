@@ -1,0 +1,316 @@
+"""Verification: it passes what is right, and finds each thing that we break on purpose."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny import TinyShape, write_checkpoint
+
+from mlx_gptoss import cache, matrix, reference, transcripts, verify
+from mlx_gptoss.checkpoint import open_checkpoint
+from mlx_gptoss.cli import main
+from mlx_gptoss.convert import convert_checkpoint
+from mlx_gptoss.kernel_faults import kernel_fault
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.metal.emulator import emulate
+from mlx_gptoss.model import load_model
+from mlx_gptoss.routes import Difference, difference, layers_alone, sample_prompt
+from mlx_gptoss.transcripts import Transcript, score, weights_digest
+from mlx_gptoss.unpack import bits_of, dense_rows, numbers
+from mlx_gptoss.verify import Check, Outcome
+
+SMALL = TinyShape(layers=2, hidden=128, inter=96, q_heads=12, kv_heads=3, experts=9, vocab=640)
+
+NAMES = "files constants rotation layers products kernels routes answer".split()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    convert_checkpoint(
+        write_checkpoint(folder / "source", shape=SMALL), folder / "model", dense="q8"
+    )
+    return folder / "model"
+
+
+@pytest.fixture
+def model(converted, tmp_path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+def failed(checks) -> list[Check]:
+    return [check for check in checks if check.outcome is Outcome.FAILED]
+
+
+def test_a_right_model_passes(converted):
+    checks = list(verify.verify(converted))
+    assert not failed(checks)
+    names = [check.name for check in checks]
+    assert names == [
+        "files",
+        "constants",
+        "rotation",
+        "layers",
+        "products",
+        "kernels",
+        "routes",
+        "answer",
+    ]
+    assert checks[-1].outcome is Outcome.SKIPPED  # no answer is stored for random weights
+    assert checks[5].outcome is Outcome.SKIPPED  # there is no Metal here
+    assert checks[-2].numbers["mean_kl"] < 0.002
+    assert checks[3].numbers["worst"] < 2e-5
+
+
+def test_one_flipped_bit_in_any_file(converted, tmp_path):
+    """Every shard and every small file: one bit, anywhere in it."""
+    names = sorted(open_checkpoint(converted).manifest["files"])
+    assert sum(name.endswith(".safetensors") for name in names) >= 3
+    for n, name in enumerate(names):
+        folder = Path(shutil.copytree(converted, tmp_path / str(n)))
+        content = bytearray((folder / name).read_bytes())
+        place = len(content) - 1 - 37 * n % (len(content) // 2)
+        content[place] ^= 1 << n % 8
+        (folder / name).write_bytes(content)
+        [*_, last] = verify.verify(folder)
+        assert last.outcome is Outcome.FAILED, name
+        assert str(folder) in last.detail
+
+
+def test_a_truncated_file(model):
+    shard = max(model.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    (check,) = verify.verify(model)
+    assert check.outcome is Outcome.FAILED and shard.name in check.detail
+
+
+def test_a_missing_file(model):
+    max(model.glob("*.safetensors")).unlink()
+    (check,) = verify.verify(model)
+    assert (check.name, check.outcome) == ("files", Outcome.FAILED)
+
+
+@pytest.mark.parametrize("kept", ["with a manifest", "of another tool"])
+def test_a_wrong_rope_factor(model, kept):
+    raw = json.loads((model / "config.json").read_text())
+    raw["rope_scaling"]["factor"] = 16.0
+    (model / "config.json").write_text(json.dumps(raw))
+    if kept == "of another tool":
+        (model / "mlx_gptoss.json").unlink()
+    first = failed(verify.verify(model))[0]
+    if kept == "of another tool":
+        assert first.name == "constants" and "factor=16.0" in first.detail
+    else:
+        assert first.name == "files" and "config.json" in first.detail
+
+
+@pytest.mark.parametrize("packing", ["bf16", "q8", "q4"])
+def test_unpacking_by_hand_equals_mlx(tmp_path, packing):
+    convert_checkpoint(write_checkpoint(tmp_path / "s", layers=1), tmp_path / "m", dense=packing)
+    attention, moe = load_model(tmp_path / "m").layers[0]
+    for stack, expert in ((attention.q, None), (moe.gate, 5), (moe.down, 11)):
+        rows = np.array([0, 3, stack.weight.shape[-2] - 1])
+        want = stack.weight
+        if stack.mode is not None:
+            wide = [
+                None if a is None else a.astype(mx.float32) for a in (stack.scales, stack.offsets)
+            ]
+            scales = [stack.scales, None] if stack.mode == "mxfp4" else wide
+            form = {"group_size": stack.group_size, "bits": stack.bits, "mode": stack.mode}
+            want = mx.dequantize(stack.weight, *scales, **form, dtype=mx.float32)
+        want = numbers(want if expert is None else want[expert])[rows]
+        got = dense_rows(stack, rows, expert)
+        assert got.shape == want.shape
+        assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+    assert bits_of(mx.array([1.0], mx.bfloat16)).tolist() == [0x3F80]
+
+
+def skip_last_block(x, weights, **options):
+    """A product that forgets its last 32 columns, as a tile of the wrong size would."""
+    columns = mx.arange(x.shape[-1]) < x.shape[-1] - 32
+    return matrix.linear(mx.where(columns, x, 0), weights, **options)
+
+
+def next_expert(x, weights, experts, **options):
+    return matrix.expert_linear(x, weights, (experts + 1) % weights.weight.shape[0], **options)
+
+
+def few_rows_right(x, weights):
+    """Right for a single token and wrong for a tile: seen in builds of MLX for M5."""
+    y = matrix.linear(x, weights)
+    return y if x.shape[0] < 8 else mx.concatenate([y[:8], y[:-8]])
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("linear", skip_last_block), ("linear", few_rows_right), ("expert_linear", next_expert)],
+)
+def test_a_product_made_wrong_on_purpose(converted, monkeypatch, name, wrong):
+    monkeypatch.setattr(verify, name, wrong)
+    check = verify._products(load_model(converted))
+    assert check.outcome is Outcome.FAILED and "computes wrongly" in check.detail
+
+
+def test_a_step_that_forgets_the_oldest_key(converted, monkeypatch):
+    """A window of 127 when decoding, of 128 when reading a prompt."""
+    right = reference.attention_window
+
+    def short(q, keys, values, sinks, *, scale, offset, start):
+        oldest = mx.array([offset - keys.shape[2] + 2])
+        return right(q, keys, values, sinks, scale=scale, offset=offset, start=oldest)
+
+    monkeypatch.setattr(reference, "attention_window", short)
+    check = verify._layers(open_checkpoint(converted), None)
+    assert check.outcome is Outcome.FAILED and "token by token" in check.detail
+
+
+def test_a_ring_that_writes_one_slot_late(converted, monkeypatch):
+    right = cache.WindowCache.append
+
+    def late(self, keys, values):
+        self.offset += 1
+        ring = right(self, keys, values)
+        self.offset -= 1
+        return ring
+
+    monkeypatch.setattr(cache.WindowCache, "append", late)
+    check = verify._layers(open_checkpoint(converted), None)
+    assert check.outcome is Outcome.FAILED and "token by token" in check.detail
+
+
+def test_chunks_that_lose_a_key(converted, monkeypatch):
+    right = cache.FullCache.extend
+
+    def forgetful(self, keys, values):
+        found = right(self, keys, values)
+        return tuple(mx.where(mx.arange(a.shape[2])[:, None] == 1, 0, a) for a in found)
+
+    monkeypatch.setattr(cache.FullCache, "extend", forgetful)
+    check = verify._layers(open_checkpoint(converted), None)
+    assert check.outcome is Outcome.FAILED
+
+
+def test_a_whole_model_that_steps_wrongly(converted, monkeypatch):
+    right = reference.attention_window
+    monkeypatch.setattr(reference, "attention_window", lambda *a, **k: -right(*a, **k))
+    assert verify._routes(load_model(converted)).outcome is Outcome.FAILED
+
+
+def test_layers_alone_are_the_layers(converted):
+    """The last layer alone, of a model whose embedding is cut: the same weights as in the whole."""
+    part, whole = (
+        layers_alone(open_checkpoint(converted), range(1, 2)),
+        load_model(converted),
+    )
+    assert part.config.layer_types == whole.config.layer_types[1:]
+    assert mx.array_equal(part.layers[0][1].gate.weight, whole.layers[1][1].gate.weight)
+    assert part.embedding.weight.shape[0] == part.config.vocab_size == 256
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    """The emulator poses as a Metal device; rows above the slot are undefined by design."""
+    with emulate(mode="plain", allow=("unwritten-output",)):
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        yield
+
+
+def test_kernels_with_these_weights(converted, metal, monkeypatch):
+    """All of them agree; one made wrong on purpose does not, and is named."""
+    model = load_model(converted)
+    check = verify._kernels(model)
+    assert check.outcome is Outcome.PASSED, check.detail
+    right = KERNELS["experts_swiglu"]
+    wrong = dataclasses.replace(
+        right, launch=lambda **arguments: right.launch(**{**arguments, "limit": 1.5})
+    )
+    monkeypatch.setitem(KERNELS, "experts_swiglu", wrong)
+    check = verify._kernels(model)
+    assert check.outcome is Outcome.FAILED
+    assert "experts_swiglu in layer 0 differs by" in check.detail
+    assert "route" not in check.detail
+
+
+def test_kernels_get_these_weights(converted, metal, monkeypatch):
+    """A kernel that is right for random weights and wrong for the user's is found."""
+    model, right = load_model(converted), KERNELS["out_residual"]
+    theirs = model.layers[1][0].out.weight
+
+    def launch(x, matrix, residual):
+        y = right.launch(x=x, matrix=matrix, residual=residual)
+        return -y if mx.array_equal(matrix.weight, theirs) else y
+
+    monkeypatch.setitem(KERNELS, "out_residual", dataclasses.replace(right, launch=launch))
+    assert kernel_fault("out_residual", model, layer=0) == ""
+    assert "differs by" in kernel_fault("out_residual", model, layer=1)
+
+
+def test_a_kernel_that_raises(converted, metal, monkeypatch):
+    def launch(**arguments):
+        raise RuntimeError("program_source:7: error\nmore")
+
+    wrong = dataclasses.replace(KERNELS["route"], launch=launch)
+    monkeypatch.setitem(KERNELS, "route", wrong)
+    fault = kernel_fault("route", load_model(converted), layer=0)
+    assert fault == "failed: program_source:7: error"
+
+
+def test_difference_by_hand():
+    want = np.log([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]])
+    got = np.log([[0.25, 0.5, 0.25], [0.2, 0.3, 0.5]]) + 7
+    d = difference(want, got)
+    assert d.top1 == 0.5 and d.mean_kl == pytest.approx(0.5 * np.log(2) / 4)
+    assert d.largest == pytest.approx(7 + np.log(2))
+    nothing = difference(want, np.full_like(want, np.nan))
+    assert nothing == Difference(mean_kl=np.inf, top1=0.0, largest=np.inf)
+
+
+@pytest.fixture
+def stored(converted, tmp_path, monkeypatch) -> Path:
+    """The converted model with its own answer in the store of transcripts."""
+    prompt = tuple(sample_prompt(open_checkpoint(converted).config, 140))
+    model, tokens = load_model(converted), ()
+    for _ in range(12):
+        guess = Transcript(prompt=prompt, tokens=(*tokens, 0), logprobs=())
+        tokens = (*tokens, score(model, guess).tokens[-1])
+    answer = score(model, Transcript(prompt=prompt, tokens=tokens, logprobs=()))
+    digest = weights_digest(open_checkpoint(converted))
+    (tmp_path / "data").mkdir()
+    text = json.dumps({digest: {**vars(answer)}})
+    (tmp_path / "data" / transcripts.FILE).write_text(text)
+    monkeypatch.setattr(transcripts, "files", lambda package: tmp_path)
+    return converted
+
+
+def test_a_stored_answer(stored, monkeypatch):
+    checkpoint, model = open_checkpoint(stored), load_model(stored)
+    assert verify._answer(checkpoint, model).outcome is Outcome.PASSED
+    monkeypatch.setattr(
+        reference, "swiglu", lambda gate, up, **limits: gate * mx.sigmoid(gate) * up
+    )
+    check = verify._answer(checkpoint, model)
+    assert check.outcome is Outcome.FAILED and check.numbers["top1"] < 0.95
+
+
+def test_the_command(model):
+    result = CliRunner().invoke(main, ["verify", str(model), "--json"])
+    assert result.exit_code == 0
+    assert [c["outcome"] for c in json.loads(result.stdout)["checks"]] == ["ok"] * 5 + [
+        "skipped",
+        "ok",
+        "skipped",
+    ]
+    shard = min(model.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 4
+    shard.write_bytes(content)
+    result = CliRunner().invoke(main, ["verify", str(model), "--quiet"])
+    assert result.exit_code == 1
+    assert result.stdout.startswith("FAILED   files")
+    assert result.stderr.startswith(f"Error: {model}: files: {shard}: expected sha256")
+    assert result.stderr.count("\n") == 1
