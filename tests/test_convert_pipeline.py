@@ -13,7 +13,7 @@ from tiny import Layout, TinyShape, write_checkpoint
 
 from mlx_gptoss.checkpoint import MXFP4, Quantization, open_checkpoint
 from mlx_gptoss.config import read_config
-from mlx_gptoss.convert import convert_checkpoint
+from mlx_gptoss.convert import convert_checkpoint, reading, verify
 from mlx_gptoss.convert.mxfp4 import decode
 from mlx_gptoss.errors import ConversionError, VocabularyError
 
@@ -221,3 +221,26 @@ def test_converting_needs_no_mlx(sources: Path, tmp_path: Path) -> None:
         "assert 'mlx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("layout", "dense"), [("original", "bf16"), ("hf", "q4"), ("dense", "q8")])
+def test_memory_follows_the_piece_and_not_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout, dense: Any
+) -> None:
+    """numpy's memory is traced: the peak stays far below the largest tensor, proof included.
+
+    The same bound for real sizes, in bytes of the whole process, is benchmarks/convert.py's.
+    """
+    import tracemalloc
+
+    shape = TinyShape(layers=2, vocab=16384)  # an embedding of 6.3 MB
+    source = write_checkpoint(tmp_path / "source", layout=layout, shape=shape)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(verify, "PIECE_BYTES", 1 << 16)
+    tracemalloc.start()
+    try:
+        convert_checkpoint(source, tmp_path / "mlx", dense=dense)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 3_000_000
