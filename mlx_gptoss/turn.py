@@ -98,10 +98,24 @@ class Turn:
         Closing the iterator, or an interrupt, cancels the rest.
         """
         with self.generation:
-            for token in self.generation:
-                self.tokens.append(token)
-                yield from map(self._noted, self._parser.feed(token))
-        yield from map(self._noted, self._parser.finish())
+            while self._finish_reason is None:
+                yield from self.advance()
+
+    def advance(self) -> list[Event]:
+        """Sample one token and return what it tells, often nothing; `TurnDone` is the last.
+
+        The parser, not the stop tokens alone, says when a turn is over: a call that ends in
+        `<|end|>` is one, and a model that went on would write the tool's answer itself.
+        """
+        token = next(self.generation, None)
+        if token is not None:
+            self.tokens.append(token)
+        events = self._parser.finish() if token is None else self._parser.feed(token)
+        for event in events:
+            self._note(event)
+        if self._finish_reason is not None:
+            self.generation.close()
+        return events
 
     def reply(self) -> Reply:
         """Sample what is left and sum the turn up."""
@@ -120,7 +134,7 @@ class Turn:
             stats=self.generation.stats,
         )
 
-    def _noted(self, event: Event) -> Event:
+    def _note(self, event: Event) -> None:
         match event:
             case TextDelta(text):
                 self._text.append(text)
@@ -134,7 +148,6 @@ class Turn:
                 self._finish_reason = reason
             case _:
                 pass
-        return event
 
 
 def harmony_engine(model: Model) -> Engine:
