@@ -25,6 +25,7 @@ from mlx_gptoss.metal.emulator.source import (
 
 Order = Literal["forward", "reverse"]
 Size = tuple[int, int, int]
+Buffers = Mapping[str, Buffer] | Mapping[int, Buffer] | Mapping[str | int, Buffer]
 MAX_THREADS = 1024
 
 
@@ -86,9 +87,15 @@ class Kernel:
         """The buffer parameters in the order of their index."""
         return sorted((p for p in self.parameters if p.kind == "buffer"), key=lambda p: p.index)
 
+    @property
+    def types(self) -> dict[str, runtime.Parameter]:
+        """What the compiler says of each buffer parameter: dtype, size, constness."""
+        pairs = zip(self.parameters, self._types, strict=True)
+        return {p.name: kind for p, kind in pairs if p.kind == "buffer"}
+
     def __call__(
         self,
-        buffers: Mapping[str | int, Buffer],
+        buffers: Buffers,
         *,
         grid: Size,
         threadgroup: Size,
@@ -131,9 +138,7 @@ class Kernel:
             raise KernelFault(report)
         return report
 
-    def _bind(
-        self, buffers: Mapping[str | int, Buffer]
-    ) -> dict[int, tuple[Parameter, Buffer, bool]]:
+    def _bind(self, buffers: Buffers) -> dict[int, tuple[Parameter, Buffer, bool]]:
         """Match buffers with parameters: index -> (parameter, buffer, writable)."""
         by_key: dict[str | int, int] = {}
         for i, p in enumerate(self.parameters):

@@ -32,6 +32,8 @@ template <class T> struct complex_t {
 };
 typedef complex_t<float> complex64_t;
 """
+ATTENTION_CONSTANTS = {"has_mask": False, "query_transposed": False, "do_causal": False,
+                       "bool_mask": False, "float_mask": False, "has_sinks": True}  # fmt: skip
 TYPE = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t"}
 
 

@@ -206,9 +206,9 @@ def table(mutants: list[Mutant]) -> str:
     lines = [
         "# Mutants and what catches them",
         "",
-        f"{len(mutants)} one-line mutants of {len(CASES)} kernels. The test suite runs each in both",
-        "orders and fails unless the check named here catches it; the unchanged kernels pass every",
-        "check. Written by `python -m tests.emulator.mutations`.",
+        f"{len(mutants)} one-line mutants of {len(CASES)} kernels. The test suite runs each in",
+        "both orders and fails unless the check named here catches it; the unchanged kernels pass",
+        "every check. Written by `python -m tests.emulator.mutations`.",
         "",
         "| kernel | mutant | change | caught by |",
         "| --- | --- | --- | --- |",

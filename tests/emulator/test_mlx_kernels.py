@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.metal.emulator import Buffer
-from tests.emulator.mlx_kernels import TYPE, buffer, empty, ints, kernel, launch
+from tests.emulator.mlx_kernels import (
+    ATTENTION_CONSTANTS,
+    TYPE,
+    buffer,
+    empty,
+    ints,
+    kernel,
+    launch,
+)
 
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 5e-3}
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
@@ -203,10 +211,6 @@ def test_attention_in_two_passes_with_sinks(dtype: mx.Dtype) -> None:
     buffers = {0: partials, 1: sums, 2: maxs, 3: out, 4: ints(blocks)}
     launch(second, buffers, (heads, 1, 1), (1024, 1, 1))
     assert_close(out, _attention_by_mlx(q, k, v, sinks), dtype)
-
-
-ATTENTION_CONSTANTS = {"has_mask": False, "query_transposed": False, "do_causal": False,
-                       "bool_mask": False, "float_mask": False, "has_sinks": True}  # fmt: skip
 
 
 def _attention(heads: int, kv_heads: int, keys: int, width: int, dtype: mx.Dtype):

@@ -1,11 +1,16 @@
 """The PTX back end: the same source through another compiler."""
 
 import shutil
+import sys
 
+import numpy as np
 import pytest
 
 from mlx_gptoss.errors import EmulatorError
-from mlx_gptoss.metal.emulator import CompileError, ptx
+from mlx_gptoss.metal.emulator import CompileError, Kernel, cuda, ptx
+from tests.emulator.mlx_kernels import ATTENTION_CONSTANTS
+from tests.emulator.mlx_kernels import source as mlx_source
+from tests.emulator.mutations import CASES
 from tests.emulator.row_sum import SOURCE
 
 
@@ -40,3 +45,60 @@ def test_errors() -> None:
         ptx.build(dynamic, "row_sum<float>")
     with pytest.raises(EmulatorError, match=r"ptxas refuses|does not compile"):
         ptx.build(SOURCE, "row_sum<float>", arch="sm_1")
+
+
+QUANTISED = ("steel/gemm/gemm.h", "quantized_utils.h")
+MLX_KERNELS = [
+    ("fp_qmv_fast<float, 32, 4, false>", (*QUANTISED, "fp_quantized.h")),
+    ("affine_gather_qmv<half, 64, 4>", (*QUANTISED, "quantized.h")),
+    ("softmax_single_row<bfloat16_t, float>", ("softmax.h",)),
+    ("sdpa_vector<bfloat16_t, 64, 64>", ("sdpa_vector.h",)),
+]
+
+
+@pytest.mark.parametrize(("instance", "headers"), MLX_KERNELS, ids=lambda v: v if "<" in v else "")
+def test_kernels_of_mlx_compile(instance: str, headers: tuple[str, ...]) -> None:
+    constants = ATTENTION_CONSTANTS if instance.startswith("sdpa") else {}
+    kernel = ptx.build(mlx_source(*headers), instance, constants=constants)
+    assert kernel.stack_bytes < 64  # quantised matvec: arrays that NVPTX does not keep in registers
+    assert any(op.startswith("shfl.sync") for op in kernel.instructions)
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The architecture of the NVIDIA GPU here; without one the test is skipped, and says so."""
+    try:
+        return cuda.architecture()
+    except EmulatorError as error:
+        pytest.skip(f"no NVIDIA GPU to run PTX on: {error}")
+
+
+@pytest.mark.parametrize("name", ["mxfp4_rows", "scan"])
+def test_the_gpu_agrees_with_the_emulator(
+    name: str, gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES[name]
+    made = ptx.build(case.source(), case.function, arch=gpu)
+    buffers = case.buffers()
+    size = {"grid": case.grid, "threadgroup": case.threadgroup}
+    Kernel(case.source(), case.function)(emulated := case.buffers(), **size)
+    cuda.run(made, buffers, **size)
+    for output, wanted in case.wanted().items():
+        scale = np.abs(wanted).max()
+        both = buffers[output].array().astype(float), emulated[output].array().astype(float)
+        np.testing.assert_allclose(*both, rtol=0, atol=1e-5 * scale)
+    seconds = cuda.run(made, case.buffers(), **size, repeats=21)
+    with capsys.disabled():
+        share = cuda.bandwidth_share(buffers, seconds)
+        figures = f"{seconds * 1e6:.1f} us, {share:.1%} of nominal bandwidth"
+        sys.stdout.write(f"\n{name} on {gpu}: {figures}\n")
+
+
+def test_without_a_driver_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    cuda.driver.cache_clear()
+    with pytest.raises(EmulatorError, match="no NVIDIA driver: libcuda was not found"):
+        cuda.architecture()
+    kernel = ptx.build(SOURCE, "row_sum<float>")
+    with pytest.raises(ValueError, match=r"grid .* is not a multiple of threadgroup"):
+        cuda.run(kernel, {}, grid=(100, 1, 1), threadgroup=(64, 1, 1))
