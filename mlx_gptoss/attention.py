@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_gptoss import reference
 from mlx_gptoss.cache import FullCache, WindowCache
-from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.matrix import Matrix, on_cpu
 
 QUERY_BLOCK = 64  # on the CPU, full attention holds Hq * 64 * S float32 scores, not Hq * T * S
 
@@ -27,16 +27,19 @@ class AttentionWeights:
     sinks: mx.array  # (Hq,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in the text a call's tokens are, and the numbers every layer attends with."""
+
+    angles: tuple[mx.array, mx.array]  # cos and sin of the new positions, from RopeTable.at
+    start: mx.array | None  # (B,) int32, first position of each row that is not padding
+    head_dim: int
+    eps: float  # of the norm
+    scale: float  # of q . k, from rope.softmax_scale
+
+
 def attention_block(
-    x: mx.array,
-    weights: AttentionWeights,
-    cache: WindowCache | FullCache,
-    angles: tuple[mx.array, mx.array],
-    *,
-    start: mx.array | None,
-    head_dim: int,
-    eps: float,
-    scale: float,
+    x: mx.array, weights: AttentionWeights, cache: WindowCache | FullCache, place: Place
 ) -> mx.array:
     """Attend, and add to the residual stream; the cache takes the new keys and values.
 
@@ -44,33 +47,69 @@ def attention_block(
         x: (B, T, D), the residual stream.
         weights: of this layer.
         cache: of this layer; its kind decides between sliding and full attention.
-        angles: cos and sin of the new positions, from `RopeTable.at`.
-        start: (B,) int32, first position of each row that is not padding; None without padding.
-        head_dim: Dh.
-        eps: of the norm.
-        scale: of q . k, from `rope.softmax_scale`.
+        place: of these tokens.
 
     Returns:
         (B, T, D) in the type of x.
     """
-    projections = weights.q, weights.k, weights.v
-    q, k, v = reference.norm_qkv_rope(
-        x, weights.norm, projections, angles, head_dim=head_dim, eps=eps
-    )
+    q, k, v = _project(x, weights, place, place.angles)
+    rest = {"scale": place.scale, "start": place.start}
     offset, one_token = cache.offset, x.shape[1] == 1
     if isinstance(cache, WindowCache):
         attend = reference.attention_window if one_token else reference.attention_window_prefill
         keys, values = cache.append(k, v) if one_token else cache.extend(k, v)
-        mixed = attend(q, keys, values, weights.sinks, scale=scale, offset=offset, start=start)
+        mixed = attend(q, keys, values, weights.sinks, offset=offset, **rest)
     elif one_token:
-        segments = cache.append(k, v)
-        mixed = reference.attention_decode(q, segments, weights.sinks, scale=scale, start=start)
+        mixed = reference.attention_decode(q, cache.append(k, v), weights.sinks, **rest)
     else:
         keys, values = cache.extend(k, v)
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        attend = full_attention_in_blocks if on_cpu else full_attention_fused
-        mixed = attend(q, keys, values, weights.sinks, scale=scale, offset=offset, start=start)
+        attend = full_attention_in_blocks if on_cpu() else full_attention_fused
+        mixed = attend(q, keys, values, weights.sinks, offset=offset, **rest)
     return reference.out_residual(mixed, weights.out, x)
+
+
+def last_token_block(
+    x: mx.array, weights: AttentionWeights, cache: WindowCache | FullCache, place: Place
+) -> mx.array:
+    """As `attention_block`, but only the last token attends; the cache takes all T.
+
+    Args:
+        x: (B, T, D), the residual stream.
+        weights: of this layer.
+        cache: of this layer.
+        place: of these tokens.
+
+    Returns:
+        (B, 1, D) in the type of x.
+    """
+    if x.shape[1] == 1:
+        return attention_block(x, weights, cache, place)
+    last = x[:, -1:]
+    cos, sin = place.angles
+    # What is not used of the two calls, MLX never computes.
+    q, _, _ = _project(last, weights, place, (cos[:, :, -1:], sin[:, :, -1:]))
+    _, k, v = _project(x, weights, place, place.angles)
+    rest = {"scale": place.scale, "start": place.start}
+    segment = cache.extend(k, v)
+    if isinstance(cache, WindowCache):
+        offset = cache.offset - 1
+        mixed = reference.attention_window(q, *cache.arrays, weights.sinks, offset=offset, **rest)
+    else:
+        mixed = reference.attention_decode(q, [segment], weights.sinks, **rest)
+    return reference.out_residual(mixed, weights.out, last)
+
+
+def _project(
+    x: mx.array, weights: AttentionWeights, place: Place, angles: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array, mx.array]:
+    return reference.norm_qkv_rope(
+        x,
+        weights.norm,
+        (weights.q, weights.k, weights.v),
+        angles,
+        head_dim=place.head_dim,
+        eps=place.eps,
+    )
 
 
 def _causal(offset: int, tokens: int, start: mx.array | None) -> mx.array:

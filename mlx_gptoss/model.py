@@ -2,17 +2,17 @@
 
 `Model` turns token ids into logits and knows nothing of text. The forward pass ends in two steps,
 `hidden` and `unembed`, because a prompt needs the logits of its last token alone: `next_logits`
-does that, and runs the last layer's experts for that token alone too.
+does that, and runs the last layer, but for its keys and values, for that token alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
 from mlx_gptoss import reference
-from mlx_gptoss.attention import AttentionWeights, attention_block
+from mlx_gptoss.attention import AttentionWeights, Place, attention_block, last_token_block
 from mlx_gptoss.cache import FullCache, ModelCache, WindowCache
 from mlx_gptoss.checkpoint import Quantization, open_checkpoint
 from mlx_gptoss.config import FULL, ModelConfig
@@ -23,6 +23,8 @@ from mlx_gptoss.rope import RopeTable, softmax_scale
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 KERNELS = ("auto", "on", "off")
+
+AttentionBlock = Callable[[mx.array, AttentionWeights, WindowCache | FullCache, Place], mx.array]
 
 
 class Model:
@@ -111,7 +113,7 @@ class Model:
         """Hidden states after the final norm, for `unembed`.
 
         To feed a chunk of a prompt whose logits nobody needs, call this, drop the result, and
-        evaluate `cache.arrays`: the last layer's experts are then never run.
+        evaluate `cache.arrays`: of the last layer only keys and values are then computed.
 
         Args:
             tokens: see `__call__`.
@@ -124,7 +126,7 @@ class Model:
             ValueError: see `__call__`.
             CacheError: see `__call__`.
         """
-        return self._forward(tokens, cache, slice(None))
+        return self._forward(tokens, cache, attention_block)
 
     def next_logits(self, tokens: mx.array, cache: ModelCache | None = None) -> mx.array:
         """Logits after the last position alone, for the price of one unembedded row.
@@ -140,33 +142,22 @@ class Model:
             ValueError: see `__call__`.
             CacheError: see `__call__`.
         """
-        return self.unembed(self._forward(tokens, cache, slice(-1, None)))[:, 0]
+        return self.unembed(self._forward(tokens, cache, last_token_block))[:, 0]
 
     def unembed(self, h: mx.array) -> mx.array:
         """Logits of hidden states, (B, T, D) -> (B, T, V) float32."""
         return reference.final_logits(h, self.unembedding)
 
-    def _forward(self, tokens: mx.array, cache: ModelCache | None, wanted: slice) -> mx.array:
+    def _forward(
+        self, tokens: mx.array, cache: ModelCache | None, last_block: AttentionBlock
+    ) -> mx.array:
+        """Hidden states after the final norm, of the positions that `last_block` returns."""
         cache = self._checked(tokens, cache)
-        x = embed(tokens, self.embedding, self.dtype)
-        positions = cache.offset + mx.arange(tokens.shape[1])[None]
-        if cache.start is not None:
-            positions = mx.maximum(positions - cache.start[:, None], 0)
-        angles = self.rope.at(positions)
-        c, last = self.config, len(self.layers) - 1
-        for n, ((attention, moe), store) in enumerate(zip(self.layers, cache, strict=True)):
-            x = attention_block(
-                x,
-                attention,
-                store,
-                angles,
-                start=cache.start,
-                head_dim=c.head_dim,
-                eps=c.rms_norm_eps,
-                scale=self.softmax_scale,
-            )
-            if n == last:
-                x = x[:, wanted]
+        place = self._place(tokens.shape[1], cache)
+        c, x = self.config, embed(tokens, self.embedding, self.dtype)
+        blocks = [attention_block] * (c.num_hidden_layers - 1) + [last_block]
+        for block, (attention, moe), store in zip(blocks, self.layers, cache, strict=True):
+            x = block(x, attention, store, place)
             x = moe_block(
                 x,
                 moe,
@@ -176,6 +167,18 @@ class Model:
                 alpha=c.swiglu_alpha,
             )
         return reference.rms_norm(x, self.norm, eps=c.rms_norm_eps).astype(self.dtype)
+
+    def _place(self, count: int, cache: ModelCache) -> Place:
+        positions = cache.offset + mx.arange(count)[None]
+        if cache.start is not None:
+            positions = mx.maximum(positions - cache.start[:, None], 0)
+        return Place(
+            angles=self.rope.at(positions),
+            start=cache.start,
+            head_dim=self.config.head_dim,
+            eps=self.config.rms_norm_eps,
+            scale=self.softmax_scale,
+        )
 
     def _checked(self, tokens: mx.array, cache: ModelCache | None) -> ModelCache:
         """The cache to use; a caller's mistakes are found here, before anything is changed."""

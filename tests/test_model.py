@@ -113,13 +113,25 @@ def test_a_row_does_not_see_its_padding(model: Model) -> None:
     assert mx.array_equal(*outputs)
 
 
-def test_next_logits_are_the_last_row(model: Model) -> None:
-    tokens = prompt(140)
-    whole = model(tokens)
-    assert_same(model.next_logits(tokens), whole[:, -1], "prompt")
-    cache = model.make_cache()
-    model.hidden(tokens[:, :100], cache)
-    assert_same(model.next_logits(tokens[:, 100:], cache), whole[:, -1], "rest of a prompt")
+@pytest.mark.parametrize("kinds", [[SLIDING, FULL], [FULL, SLIDING]], ids=["full", "sliding"])
+@pytest.mark.parametrize("sizes", [[140], [100, 40], [139, 1], [1, 139], [60]], ids=str)
+def test_next_logits_are_the_last_row(kinds: list[str], sizes: list[int]) -> None:
+    """The last layer attends for one token alone, and its cache is none the poorer."""
+    model, tokens = tiny_model(small(2), layer_types=kinds), prompt(sum(sizes) + 1)
+    whole, cache = model(tokens), model.make_cache()
+    for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+        logits = model.next_logits(tokens[:, end - size : end], cache)
+        assert_same(logits, whole[:, end - 1], f"{end} tokens")
+    assert_same(model(tokens[:, -1:], cache), whole[:, -1:], "the token after")
+
+
+def test_next_logits_of_a_ragged_batch(model: Model) -> None:
+    rows = [prompt(n, seed=n) for n in (30, 131, 140)]
+    batch = mx.concatenate([mx.pad(r, [(0, 0), (140 - r.shape[1], 0)]) for r in rows])
+    cache = model.make_cache(3, left_padding=[140 - r.shape[1] for r in rows])
+    got = model.next_logits(batch, cache)
+    for row, single in enumerate(rows):
+        assert_same(got[row : row + 1], model(single)[:, -1], f"row {row}")
 
 
 def test_hidden_then_unembed_is_the_call(model: Model) -> None:
