@@ -6,6 +6,7 @@ the cache back. The engine knows nothing of text or harmony, and belongs to one 
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +20,7 @@ from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
 
+MOST_AT_ONCE = 16  # generations of one engine that may take turns
 PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt and the wait for a cancellation
 
 
@@ -57,7 +59,7 @@ class GenerationStats:
 
 
 class Engine:
-    """Generates from one model, one sequence at a time.
+    """Generates from one model; its generations may take turns, token by token.
 
     Args:
         model: The model.
@@ -88,8 +90,9 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.allowed = mx.array(allowed.tolist())
         # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
-        # here until later work has been waited for, so that its buffers are not given away.
-        self.dropped: mx.array | None = None
+        # here until later work has been waited for, so that its buffers are not given away. Each
+        # generation drops one at most, and the next one waits for its prompt.
+        self.dropped: deque[mx.array] = deque(maxlen=MOST_AT_ONCE)
 
     def generate(
         self,
@@ -99,6 +102,7 @@ class Engine:
         stop: Collection[int] = (),
         max_tokens: int | None = None,
         cache: ModelCache | None = None,
+        breaks: Collection[int] = (),
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> "Generation":
         """Start a generation; the work happens as its tokens are asked for.
@@ -110,6 +114,8 @@ class Engine:
             max_tokens: Most tokens to emit, >= 1; None: as many as the context holds.
             cache: Holds the first `cache.offset` tokens of the prompt, which are not fed again;
                 None starts an empty one. See `Generation.cache` for what it holds afterwards.
+            breaks: Positions in the prompt at which a chunk ends, so that `on_prefill` can save the
+                cache there.
             on_prefill: Called after each chunk with the tokens fed and to feed; what it raises ends
                 the generation.
 
@@ -144,6 +150,7 @@ class Engine:
             stop=frozenset(stop),
             limit=room if max_tokens is None else min(room, max_tokens),
             cache=cache,
+            breaks=frozenset(breaks),
             on_prefill=on_prefill,
         )
 
@@ -169,13 +176,15 @@ class Generation(Iterator[int]):
         stop: frozenset[int],
         limit: int,
         cache: ModelCache,
+        breaks: frozenset[int],
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
         self.sampling = sampling
         self.cache = cache
         self.finish: Finish | None = None
         self._engine, self._prompt, self._stop, self._limit = engine, prompt, stop, limit
-        self._on_prefill = on_prefill or (lambda done, total: None)
+        self._breaks, self._on_prefill = breaks, on_prefill or (lambda done, total: None)
+        self._left = prompt[cache.offset :]
         self._rows = SamplingRows.pack([sampling])
         self._cached = cache.offset
         self._emitted = 0
@@ -196,6 +205,18 @@ class Generation(Iterator[int]):
         """Cancel what is not done yet; does nothing after the end."""
         self._tokens.close()
         self.finish = self.finish or Finish.CANCELLED
+
+    def feed(self) -> bool:
+        """Feed one chunk of the prompt, unless it is the last, and say whether others follow.
+
+        Taking the first token feeds them all; whoever has more to do than this generation calls
+        this before, until it returns False.
+        """
+        if self._chunk() < len(self._left):
+            self._engine.model.hidden(self._taken(self._chunk()), self.cache)
+            mx.eval(self.cache.arrays)  # the chunk's own logits are never computed
+            self._tell()
+        return self._chunk() < len(self._left)
 
     @property
     def stats(self) -> GenerationStats:
@@ -236,24 +257,33 @@ class Generation(Iterator[int]):
                     ahead = self._step(token)
                 token, ahead, kept = ahead, None, self.cache.snapshot()
         finally:
-            self._engine.dropped = ahead
+            if ahead is not None:
+                self._engine.dropped.append(ahead)
             if kept is not None:
                 self.cache.restore(kept)
 
     def _prefill(self) -> mx.array:
-        """Feed the prompt in chunks; (1, V) logits after its last token."""
-        model, fed = self._engine.model, self._cached
-        left = self._prompt[fed:]
-        total, chunk = len(left), self._engine.prefill_chunk
-        while len(left) > chunk:
-            model.hidden(mx.array([left[:chunk]], dtype=mx.int32), self.cache)
-            mx.eval(self.cache.arrays)  # the chunk's own logits are never computed
-            left = left[chunk:]
-            self._on_prefill(total - len(left), total)
-        logits = model.next_logits(mx.array([left], dtype=mx.int32), self.cache)
+        """Feed what is left of the prompt; (1, V) logits after its last token."""
+        while self.feed():
+            pass
+        logits = self._engine.model.next_logits(self._taken(len(self._left)), self.cache)
         mx.eval(logits, self.cache.arrays)
-        self._on_prefill(total, total)
+        self._tell()
         return logits
+
+    def _chunk(self) -> int:
+        """Tokens of the next chunk: to the next break, `prefill_chunk` at most."""
+        at, most = self.cache.offset, self._engine.prefill_chunk
+        return min([most, len(self._left), *(b - at for b in self._breaks if b > at)])
+
+    def _taken(self, count: int) -> mx.array:
+        """The next tokens to feed, (1, T) int32."""
+        chunk, self._left = self._left[:count], self._left[count:]
+        return mx.array([chunk], dtype=mx.int32)
+
+    def _tell(self) -> None:
+        total = len(self._prompt) - self._cached
+        self._on_prefill(total - len(self._left), total)
 
     def _step(self, token: mx.array) -> mx.array:
         """Launch the step that follows `token`, (1,) int32, which may still be on its way."""

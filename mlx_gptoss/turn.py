@@ -3,9 +3,10 @@
 Ties the engine, which knows token ids, to the harmony parser, which knows what they mean.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mlx_gptoss.cache import ModelCache
 from mlx_gptoss.engine import Engine, Generation, GenerationStats
 from mlx_gptoss.errors import VocabularyError
 from mlx_gptoss.harmony import (
@@ -14,6 +15,7 @@ from mlx_gptoss.harmony import (
     Event,
     FinishReason,
     HarmonyParser,
+    Message,
     MessageDone,
     ReasoningDelta,
     TextDelta,
@@ -34,6 +36,7 @@ class Reply:
         reasoning: The model's analysis, not meant for users.
         tool_calls: Complete calls, in order.
         finish_reason: Why the turn ended.
+        messages: Everything the model wrote, for the next turn's conversation.
         reasoning_tokens: Tokens of the analysis, their framing included.
         seed: Of the sampling noise: the same seed gives the same reply.
         stats: Counts and times.
@@ -43,6 +46,7 @@ class Reply:
     reasoning: str
     tool_calls: tuple[ToolCallDone, ...]
     finish_reason: FinishReason
+    messages: tuple[Message, ...]
     reasoning_tokens: int
     seed: int
     stats: GenerationStats
@@ -57,6 +61,8 @@ class Turn:
         sampling: How to choose tokens.
         max_tokens: Most tokens to sample; None: as many as the context holds.
         recipients: Tools that were offered; see `HarmonyParser`.
+        cache: Holds the beginning of the prompt; see `Engine.generate`.
+        breaks: See `Engine.generate`.
         on_prefill: Called after each chunk of the prompt with the tokens fed and to feed.
 
     Attributes:
@@ -75,6 +81,8 @@ class Turn:
         sampling: SamplingParams | None = None,
         max_tokens: int | None = None,
         recipients: Mapping[str, str] | None = None,
+        cache: ModelCache | None = None,
+        breaks: Collection[int] = (),
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         self.tokens: list[int] = []
@@ -83,12 +91,15 @@ class Turn:
             sampling=sampling,
             stop=STOP_TOKENS,
             max_tokens=max_tokens,
+            cache=cache,
+            breaks=breaks,
             on_prefill=on_prefill,
         )
         self._parser = HarmonyParser(recipients)
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCallDone] = []
+        self._messages: list[Message] = []
         self._reasoning_tokens = 0
         self._finish_reason: FinishReason | None = None
 
@@ -129,6 +140,7 @@ class Turn:
             reasoning="".join(self._reasoning),
             tool_calls=tuple(self._calls),
             finish_reason=self._finish_reason,
+            messages=tuple(self._messages),
             reasoning_tokens=self._reasoning_tokens,
             seed=self.generation.sampling.seed,
             stats=self.generation.stats,
@@ -142,8 +154,10 @@ class Turn:
                 self._reasoning.append(text)
             case ToolCallDone():
                 self._calls.append(event)
-            case MessageDone(message, tokens) if message.channel == Channel.ANALYSIS:
-                self._reasoning_tokens += len(tokens)
+            case MessageDone(message, tokens):
+                self._messages.append(message)
+                if message.channel == Channel.ANALYSIS:
+                    self._reasoning_tokens += len(tokens)
             case TurnDone(reason):
                 self._finish_reason = reason
             case _:

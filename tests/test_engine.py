@@ -338,3 +338,37 @@ def test_a_long_store_is_merged_in_place_unless_held(hold: bool) -> None:
     grown = mx.get_peak_memory() - before
     assert (grown > 0.9 * long_store) == hold, f"{grown} bytes more, the store has {long_store}"
     del snapshot
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_chunks_end_at_breaks_and_can_be_fed_one_by_one(chunk: int) -> None:
+    model, offsets = HashModel(), []
+    generation = engine(model, prefill_chunk=chunk).generate(
+        PROMPT,
+        sampling=GREEDY,
+        max_tokens=3,
+        breaks=[4, 9],
+        on_prefill=lambda *_: offsets.append(generation.cache.offset),
+    )
+    calls = 1
+    while generation.feed():
+        calls += 1
+        assert len(offsets) == calls - 1 and sum(model.fed) == offsets[-1]
+    assert {4, 9} <= set(offsets) and len(PROMPT) not in offsets
+    assert not generation.feed(), "the last chunk is left for the first token"
+    assert list(generation) == greedy(PROMPT, 3)
+    assert max(model.fed) <= chunk and offsets[-1] == len(PROMPT)
+
+
+def test_generations_take_turns_token_by_token() -> None:
+    """Each gives the tokens it gives alone, though one is dropped in the middle."""
+    shared = engine()
+    prompts = [PROMPT, PROMPT[:3], [5, 5, 6]]
+    running = [shared.generate(p, sampling=GREEDY, max_tokens=9) for p in prompts]
+    taken: list[list[int]] = [[], [], []]
+    for step in range(9):
+        for place, generation in enumerate(running):
+            if step == 4 and place == 1:
+                generation.close()
+            taken[place] += [token for token in [next(generation, None)] if token is not None]
+    assert taken == [greedy(PROMPT, 9), greedy(PROMPT[:3], 4), greedy([5, 5, 6], 9)]
