@@ -146,7 +146,7 @@ def _probe(command: tuple[str, ...]) -> tuple[Compiler | None, str]:
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     zig = str(cache_folder() / "zig")
-    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": zig, "ZIG_LOCAL_CACHE_DIR": zig}
+    environment = {"ZIG_GLOBAL_CACHE_DIR": zig, "ZIG_LOCAL_CACHE_DIR": zig} | os.environ
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 

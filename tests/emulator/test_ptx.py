@@ -60,7 +60,6 @@ MLX_KERNELS = [
 def test_kernels_of_mlx_compile(instance: str, headers: tuple[str, ...]) -> None:
     constants = ATTENTION_CONSTANTS if instance.startswith("sdpa") else {}
     kernel = ptx.build(mlx_source(*headers), instance, constants=constants)
-    assert kernel.stack_bytes < 64  # quantised matvec: arrays that NVPTX does not keep in registers
     assert any(op.startswith("shfl.sync") for op in kernel.instructions)
 
 
