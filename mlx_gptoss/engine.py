@@ -18,10 +18,11 @@ import numpy.typing as npt
 from mlx_gptoss.cache import ModelCache
 from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.model import Model
+from mlx_gptoss.pacing import TARGET_S, ChunkPacer
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
 
 MOST_AT_ONCE = 16  # generations of one engine that may take turns
-PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt and the wait for a cancellation
+PREFILL_CHUNK = 512  # tokens at most; bounds the memory of a long prompt
 
 
 class Finish(StrEnum):
@@ -65,6 +66,7 @@ class Engine:
         model: The model.
         allowed: (V,) bool, the ids that may be sampled; None allows all.
         prefill_chunk: Most prompt tokens fed at once, >= 1.
+        chunk_target_s: Seconds that feeding some of them may take, before there are fewer.
 
     Raises:
         ValueError: `allowed` is not of the model's vocabulary, or allows nothing.
@@ -76,6 +78,7 @@ class Engine:
         *,
         allowed: npt.NDArray[np.bool_] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        chunk_target_s: float = TARGET_S,
     ) -> None:
         size = model.config.vocab_size
         allowed = np.ones(size, dtype=np.bool_) if allowed is None else np.asarray(allowed)
@@ -87,7 +90,7 @@ class Engine:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk: expected a whole number >= 1, got {prefill_chunk}")
         self.model = model
-        self.prefill_chunk = prefill_chunk
+        self.pacer = ChunkPacer(prefill_chunk, target_s=chunk_target_s)
         self.allowed = mx.array(allowed.tolist())
         # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
         # here until later work has been waited for, so that its buffers are not given away. Each
@@ -212,9 +215,11 @@ class Generation(Iterator[int]):
         Taking the first token feeds them all; whoever has more to do than this generation calls
         this before, until it returns False.
         """
-        if self._chunk() < len(self._left):
-            self._engine.model.hidden(self._taken(self._chunk()), self.cache)
+        if (count := self._chunk()) < len(self._left):
+            began = time.perf_counter()
+            self._engine.model.hidden(self._taken(count), self.cache)
             mx.eval(self.cache.arrays)  # the chunk's own logits are never computed
+            self._engine.pacer.note(count, time.perf_counter() - began)
             self._tell()
         return self._chunk() < len(self._left)
 
@@ -272,8 +277,8 @@ class Generation(Iterator[int]):
         return logits
 
     def _chunk(self) -> int:
-        """Tokens of the next chunk: to the next break, `prefill_chunk` at most."""
-        at, most = self.cache.offset, self._engine.prefill_chunk
+        """Tokens of the next chunk: to the next break, as many as the pacer says at most."""
+        at, most = self.cache.offset, self._engine.pacer.size
         return min([most, len(self._left), *(b - at for b in self._breaks if b > at)])
 
     def _taken(self, count: int) -> mx.array:

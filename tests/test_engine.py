@@ -372,3 +372,17 @@ def test_generations_take_turns_token_by_token() -> None:
                 generation.close()
             taken[place] += [token for token in [next(generation, None)] if token is not None]
     assert taken == [greedy(PROMPT, 9), greedy(PROMPT[:3], 4), greedy([5, 5, 6], 9)]
+
+
+def test_slow_chunks_become_smaller(monkeypatch) -> None:
+    """512 tokens at most, 128 at first, 32 where half a second is not enough for more."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("mlx_gptoss.engine.time.perf_counter", lambda: float(next(clock)))
+    model, seen = HashModel(), []
+    prompt = [i % V for i in range(300)]
+    generation = engine(model).generate(
+        prompt, sampling=GREEDY, max_tokens=1, on_prefill=lambda *at: seen.append(at)
+    )
+    next(generation)
+    assert model.fed[:4] == [128, 64, 32, 32]  # each took a second
+    assert [done for done, _ in seen] == [128, 192, 224, 256, 288, 300]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["_version", "errors"],
     ["metal"],
-    ["chips", "config", "weight_files", "transfer"],
+    ["chips", "pacing", "config", "weight_files", "transfer"],
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache", "machine"],
     ["reference", "sampling"],
     ["convert", "kernels", "cache"],

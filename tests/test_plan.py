@@ -38,7 +38,7 @@ from mlx_gptoss.model import load_model
 from mlx_gptoss.sampling import SamplingParams
 mx.set_default_device(mx.cpu)
 folder, prompt, answer, chunk = sys.argv[1], *map(int, sys.argv[2:])
-engine = Engine(load_model(folder), prefill_chunk=chunk)
+engine = Engine(load_model(folder), prefill_chunk=chunk, chunk_target_s=float('inf'))
 tokens = [7 * i % 8192 for i in range(prompt)]
 sampling = SamplingParams(temperature=0)
 with engine.generate(tokens, sampling=sampling, max_tokens=answer) as generation:

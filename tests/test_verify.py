@@ -17,6 +17,7 @@ from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.kernel_faults import kernel_fault
 from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.library import find_model
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import load_model
 from mlx_gptoss.routes import Difference, difference, layers_alone, sample_prompt
@@ -314,3 +315,10 @@ def test_the_command(model):
     assert result.stdout.startswith("FAILED   files")
     assert result.stderr.startswith(f"Error: {model}: files: {shard}: expected sha256")
     assert result.stderr.count("\n") == 1
+
+
+def test_the_demo_gives_its_stored_answer():
+    """A demo made anew needs a new answer: see benchmarks/record_transcript.py."""
+    folder = find_model("demo")
+    check = verify._answer(open_checkpoint(folder), load_model(folder))
+    assert check.outcome is Outcome.PASSED, check.detail

@@ -76,6 +76,17 @@ class Progress:
         elif self._live and not self._quiet and self._is_due(phase, done, total):
             self._show(f"{phase}: {done} of {total}", False)
 
+    def share(self, phase: str, done: int, total: int) -> None:
+        """Show percent of a phase and the time left, to people who watch and until it is over."""
+        if done >= total:
+            self.clear()
+        elif self._live and not self._quiet and self._is_due(phase, done, total):
+            text = f"{phase}: {100 * done // total} %"
+            if fresh := done - self._first:
+                left = (time.monotonic() - self._began) * (total - done) / fresh
+                text += f", {duration(left)} left"
+            self._show(text, False)
+
     def clear(self) -> None:
         """Take the line away, for something else to be printed."""
         if self._width:

@@ -190,7 +190,7 @@ def _turn(
         prompt,
         sampling=sampling,
         max_tokens=max_tokens,
-        on_prefill=lambda done, total: progress.count("reading the prompt", done, total),
+        on_prefill=lambda done, total: progress.share("reading the prompt", done, total),
     )
 
 
