@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.runtime-installed
+TOOLS := $(VENV)/.tools-installed
 
 .PHONY: help setup demo test lint check clean
 help:
@@ -12,26 +13,30 @@ help:
 	@echo "make check  lint and test: what continuous integration runs"
 	@echo "make clean  remove the environment and build products"
 
-$(STAMP): pyproject.toml
+$(RUNTIME): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mlx-gptoss needs Python 3.11 or newer, got $$($(PYTHON) --version); set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable '.[test]'
+	$(PY) -m pip install -qq --editable .
 	@touch $@
 
-setup: $(STAMP)
+$(TOOLS): $(RUNTIME)
+	$(PY) -m pip install -qq --editable '.[test]'
+	@touch $@
 
-demo: $(STAMP)
+setup: $(TOOLS)
+
+demo: $(RUNTIME)
 	$(VENV)/bin/mlx-gptoss generate --model demo "What is the capital of France?"
 
-test: $(STAMP)
-	$(PY) -m pytest -n 2
+test: $(TOOLS)
+	$(PY) -m pytest -n auto
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m basedpyright --warnings
+	$(PY) -m basedpyright --pythonpath $(PY) --warnings
 
 check: lint test
 
