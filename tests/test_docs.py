@@ -1,0 +1,139 @@
+"""The documents say what is so: files exist, commands parse, the example runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from mlx_gptoss.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "AGENTS.md"]
+ALL_TEXT = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
+ENVIRONMENT = {"MLX_GPTOSS_HOME", "MLX_GPTOSS_MODEL"}
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def tree() -> dict[str, str]:
+    """Paths of the README's layout tree, with what it says of each."""
+    [block] = [b for b in blocks(README, "text") if b.startswith("mlx_gptoss/")]
+    entries, parents = {}, [""]
+    for line in block.splitlines():
+        indent, name, role = re.fullmatch(r"( *)(\S+) +(.+)", line).groups()  # type: ignore[union-attr]
+        del parents[len(indent) // 2 + 1 :]
+        path = parents[-1] + name
+        entries[path.rstrip("/")] = role
+        if name.endswith("/"):
+            parents.append(path)
+    return entries
+
+
+def tracked() -> list[str]:
+    """Files git knows or would add; a copy without git has no say."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: what belongs to the project is unknown")
+    return [line for line in listed.stdout.splitlines() if (ROOT / line).exists()]
+
+
+def test_the_tree_is_on_disk_and_complete() -> None:
+    said = tree()
+    assert [path for path in said if not (ROOT / path).exists()] == []
+    top = {line.partition("/")[0] for line in tracked() if not line.startswith(".")}
+    assert {path for path in said if "/" not in path} == top
+    folders = {line.rpartition("/")[0] for line in tracked() if line.startswith("mlx_gptoss/")}
+    subpackages = {path for path in folders if path.count("/") == 1} | {
+        f"mlx_gptoss/{path.name}" for path in (ROOT / "mlx_gptoss").iterdir() if path.is_symlink()
+    }
+    assert subpackages <= set(said)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_named_exists(document: str) -> None:
+    text = re.sub(
+        r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    for name in re.findall(r"`([\w.*/-]+)`", text):
+        if "/" in name and not name.startswith(("openai/", "original/")):
+            assert list(ROOT.glob(name.rstrip("/"))), f"{document} names {name}"
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (ROOT / link).exists(), f"{document} links {link}"
+
+
+def commands() -> list[str]:
+    """Every line of the documents that runs `mlx-gptoss`, comments taken off."""
+    lines = re.findall(r"^    .*?(mlx-gptoss .*)$", ALL_TEXT, re.MULTILINE)
+    inline = re.findall(r"`(mlx-gptoss [^`]+)`", ALL_TEXT)
+    return sorted({re.sub(r" +#.*| *>.*", "", line) for line in [*lines, *inline]})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_parses(line: str) -> None:
+    _, name, *arguments = shlex.split(line)
+    if name.startswith("-"):
+        return
+    command = main.commands[name]
+    with click.Context(command, info_name=name) as context:
+        parser = command.make_parser(context)
+        options, rest, _ = parser.parse_args([a for a in arguments if a not in ("-h", "--help")])
+    wanted = [p for p in command.params if isinstance(p, click.Argument)]
+    assert len(rest) <= len(wanted) or not arguments, line
+    assert options is not None
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"(?:^    |`)make (\w+)", ALL_TEXT, re.MULTILINE)))
+)
+def test_every_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
+
+
+def test_the_variables_that_are_read_are_the_ones_told() -> None:
+    folders = ("mlx_gptoss", "convert", "metal")
+    sources = [path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    read = set(re.findall(r'"(MLX_GPTOSS_\w+)"', "\n".join(sources)))
+    assert read == ENVIRONMENT, "a fourth variable is one too many"
+    assert set(re.findall(r"MLX_GPTOSS_\w+", README)) == read
+
+
+@pytest.mark.parametrize(("document", "limit"), [("README.md", 250), ("AGENTS.md", 60)])
+def test_documents_stay_short(document: str, limit: int) -> None:
+    assert len((ROOT / document).read_text().splitlines()) <= limit
+
+
+@pytest.mark.slow
+def test_the_python_example_runs() -> None:
+    [example] = blocks(README, "python")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TextDelta(text='" in done.stdout and "Paris" in done.stdout.splitlines()[-1]
+    assert "decode_tok_per_s=" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_makefile_answers() -> None:
+    [line] = re.findall(r"^demo:.*\n\t\$\(VENV\)/bin/mlx-gptoss (.+)$", MAKEFILE, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_gptoss", *shlex.split(line), "--temperature", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "| stop" in done.stderr
