@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from tiny import TinyShape, hf_config, plan
 
+from benchmarks.demo_model.cases import Case
+from benchmarks.demo_model.evaluate import Speaker, Trial
 from mlx_gptoss import demo
 from mlx_gptoss.demo import demo_model_path, expand_demo, read_compact
 from mlx_gptoss.engine import Engine
@@ -255,3 +257,19 @@ def test_harmony_is_well_formed_at_temperature_1(engine: Engine) -> None:
         reply, events = ask(engine, user(question), temperature=1, seed=seed)
         assert not [event for event in events if isinstance(event, Repair)]
         assert reply.text and reply.reasoning and reply.finish_reason == "stop"
+
+
+def test_the_scored_tokens_are_the_engine_s(engine: Engine) -> None:
+    """The evaluation leaves out rows that never win, and asks in batches: nothing else differs."""
+    trials = [
+        Trial(Case("chat", ()), effort, seed, [user(question)])
+        for effort, seed, question in (
+            (ReasoningEffort.LOW, None, "Hi"),
+            (ReasoningEffort.LOW, 7, "What is the opposite of hot, if I may ask?"),
+        )
+    ]
+    Speaker(engine.model).speak(trials)
+    for trial in trials:
+        (asked, *_) = trial.messages
+        reply, events = ask(engine, asked, temperature=float(trial.seed is not None), seed=7)
+        assert trial.text == reply.text and trial.events == events

@@ -1,10 +1,11 @@
-"""Scores the shipped demo model on the fixed questions, with the runtime that users run.
+"""Scores the shipped demo model on the fixed questions, with our own runtime.
 
-    python -m benchmarks.demo_model.evaluate [--model FOLDER] [--seeds N] [--out SCORES.json]
+    python -m benchmarks.demo_model.evaluate [--seeds N] [--out SCORES.json]
 
-Every turn is generated freely, token by token, and parsed like any other. Each question is asked at
-temperature 0, and with N seeds at temperature 1. A tool question is right when the call has the
-right name and arguments and the answer after the tool's result says what the result says.
+Every turn is generated freely, token by token, by the runtime's model in its default precision,
+eight turns at a time, and parsed like any other. Each question is asked once at temperature 0 and N
+times at temperature 1. A tool question is right when the call has the right name and arguments and
+the answer says what the tool's result says.
 """
 
 import argparse
@@ -12,173 +13,161 @@ import json
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from benchmarks.demo_model import questions
-from benchmarks.demo_model.facts import DECLINE, LARGE_SUM, NO_WEATHER
-from mlx_gptoss.demo import DEMO_SHA256, demo_model_path
-from mlx_gptoss.engine import Engine
+from benchmarks.demo_model.cases import Case, cases
+from mlx_gptoss.demo import DEMO_SHA256, TOKEN_IDS, demo_model_path, read_compact
 from mlx_gptoss.harmony import (
-    DeveloperContent,
+    STOP_TOKENS,
     Event,
+    HarmonyParser,
     Message,
     MessageDone,
     ReasoningEffort,
     Repair,
     SystemContent,
-    ToolDescription,
-    assistant,
-    developer,
-    function_tools,
+    TextDelta,
+    ToolCallDone,
     render_conversation_for_completion,
     system,
     tool_result,
-    user,
 )
-from mlx_gptoss.model import load_model
-from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.turn import Reply, Turn, harmony_engine
+from mlx_gptoss.library import model_store
+from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.model import Model, load_model
+from mlx_gptoss.reference import final_logits
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, gumbel
 
-MAX_TOKENS = 300
+BATCH = 8
+MAX_TOKENS = 160
 DATE = "2026-11-21"
 EFFORTS = tuple(ReasoningEffort)
-GET_WEATHER = ToolDescription(
-    name="get_weather",
-    description="Get the weather of a city.",
-    parameters={
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "required": ["city"],
-    },
-)
-ADD = ToolDescription(
-    name="add",
-    description="Add two numbers.",
-    parameters={
-        "type": "object",
-        "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-        "required": ["a", "b"],
-    },
-)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One question: the messages after the system message, and what is right."""
+@dataclass
+class Trial:
+    """A case at one effort and temperature, and what came of it so far."""
 
-    kind: str
-    messages: tuple[Message, ...]
-    tools: tuple[ToolDescription, ...] = ()
-    says: tuple[str, ...] = ()  # any of these words, in the last answer
-    call: tuple[str, dict[str, object]] | None = None
-    result: str = ""
+    case: Case
+    effort: ReasoningEffort
+    seed: int | None  # None is temperature 0
+    messages: list[Message]
+    events: list[Event] = field(default_factory=list)
+    reasoning_tokens: int = 0
 
+    @property
+    def calls(self) -> list[ToolCallDone]:
+        """All calls, in order."""
+        return [event for event in self.events if isinstance(event, ToolCallDone)]
 
-def cases() -> Iterator[Case]:
-    """All cases, in a fixed order."""
-    for kind, pairs in {**questions.TRAINED, **questions.NEW}.items():
-        for question, says in pairs:
-            yield Case(kind, (user(question),), says=(says,))
-    for question in questions.DECLINED:
-        yield Case("declined", (user(question),), says=(DECLINE, NO_WEATHER, LARGE_SUM))
-    for first, answer, question, says in questions.FOLLOW_UPS:
-        yield Case("second turn", (user(first), assistant(answer), user(question)), says=(says,))
-    for instructions, question, says in questions.STYLED:
-        content = DeveloperContent(instructions=instructions)
-        yield Case("instructions", (developer(content), user(question)), says=(says,))
-    yield from tool_cases()
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return "".join(event.text for event in self.events if isinstance(event, TextDelta))
 
+    @property
+    def well_formed(self) -> bool:
+        """The parser had nothing to repair, and the model stopped by itself."""
+        return not any(isinstance(event, Repair) for event in self.events) and bool(self.text)
 
-def tool_cases() -> Iterator[Case]:
-    """Calls with one tool and with both offered; questions that need none; a missing tool."""
-    for number, (question, city) in enumerate(questions.WEATHER):
-        tools = ((GET_WEATHER,), (GET_WEATHER, ADD), (ADD, GET_WEATHER))[number % 3]
-        result, says = (
-            f'{{"temperature":{number + 3},"sky":"windy"}}',
-            f"windy and {number + 3} deg",
-        )
-        yield offered(
-            "weather call", question, tools, (says,), ("get_weather", {"city": city}), result
-        )
-    for number, (question, a, b) in enumerate(questions.ADDITIONS):
-        tools = ((ADD,), (GET_WEATHER, ADD), (ADD, GET_WEATHER))[number % 3]
-        says = (f"{a} + {b} = {a + b}",)
-        yield offered("add call", question, tools, says, ("add", {"a": a, "b": b}), str(a + b))
-    for question, says in questions.TRAINED["capital"][:6] + questions.TRAINED["chat"][:4]:
-        yield offered("tools not needed", question, (GET_WEATHER, ADD), (says,))
-    for question, _ in questions.WEATHER[:5]:
-        yield offered("tool missing", question, (ADD,), (NO_WEATHER,))
-        yield Case("tool missing", (user(question),), says=(NO_WEATHER,))
+    @property
+    def right(self) -> bool:
+        """The answer says what it must, after exactly the calls it needs."""
+        wanted = [self.case.call] if self.case.call else []
+        said = self.text.lower()
+        called = [(call.name, _object(call.arguments)) for call in self.calls]
+        return called == wanted and any(words.lower() in said for words in self.case.says)
 
+    def prompt(self) -> list[int]:
+        """Tokens that let the model speak next."""
+        start = system(SystemContent(date=DATE, effort=self.effort))
+        return render_conversation_for_completion([start, *self.messages])
 
-def offered(
-    kind: str,
-    question: str,
-    tools: tuple[ToolDescription, ...],
-    says: tuple[str, ...],
-    call: tuple[str, dict[str, object]] | None = None,
-    result: str = "",
-) -> Case:
-    """A case with tools in the developer message."""
-    content = DeveloperContent(tools=(function_tools(*tools),))
-    return Case(kind, (developer(content), user(question)), tools, says, call, result)
+    def hear(self, tokens: Sequence[int]) -> None:
+        """Take a turn of the model."""
+        offered = {f"functions.{tool.name}": tool.name for tool in self.case.tools}
+        parser = HarmonyParser(offered)
+        events = [event for token in tokens for event in parser.feed(token)]
+        events += parser.finish()
+        done = [event for event in events if isinstance(event, MessageDone)]
+        if not self.events:
+            self.reasoning_tokens = len(done[0].tokens) if done else 0
+        self.events += events
+        self.messages += [event.message for event in done]
+
+    def answer_call(self) -> bool:
+        """Give the tool's result, if the first turn ended in a call that the case foresees."""
+        if not self.calls or not self.case.result:
+            return False
+        self.messages.append(tool_result(self.calls[0].recipient, self.case.result))
+        return True
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a case: its replies, the events of them, and whether it is right."""
-
-    right: bool
-    well_formed: bool
-    reasoning_tokens: int
-    replies: tuple[Reply, ...]
-
-
-def run_turn(
-    engine: Engine, case: Case, messages: list[Message], effort: ReasoningEffort, seed: int | None
-) -> tuple[Reply, list[Event]]:
-    """One turn at temperature 1 with the seed, or at temperature 0 without one."""
-    start = system(SystemContent(date=DATE, effort=effort))
-    sampling = SamplingParams(temperature=0 if seed is None else 1, seed=seed)
-    turn = Turn(
-        engine,
-        render_conversation_for_completion([start, *messages]),
-        sampling=sampling,
-        max_tokens=MAX_TOKENS,
-        recipients={f"functions.{tool.name}": tool.name for tool in case.tools},
-    )
-    events = list(turn.events())
-    return turn.reply(), events
-
-
-def run_case(engine: Engine, case: Case, effort: ReasoningEffort, seed: int | None) -> Outcome:
-    """Ask, answer the call where there is one, and judge."""
-    messages = list(case.messages)
-    reply, events = run_turn(engine, case, messages, effort, seed)
-    replies, right = [reply], True
-    if case.call is not None:
-        right = [(c.name, _arguments(c.arguments)) for c in reply.tool_calls] == [case.call]
-        messages += [event.message for event in events if isinstance(event, MessageDone)]
-        if reply.tool_calls:
-            messages.append(tool_result(reply.tool_calls[0].recipient, case.result))
-            reply, more = run_turn(engine, case, messages, effort, seed)
-            replies.append(reply)
-            events += more
-    said = reply.text.lower()
-    right = right and not reply.tool_calls and any(words.lower() in said for words in case.says)
-    well_formed = not any(isinstance(event, Repair) for event in events)
-    return Outcome(right, well_formed, replies[0].reasoning_tokens, tuple(replies))
-
-
-def _arguments(text: str) -> object:
+def _object(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:
         return None
+
+
+class Speaker:
+    """Generates several turns at a time, over the tokens that the model was trained on.
+
+    The other 199,426 have logits so low (`tests/test_demo.py`) that they are never sampled; without
+    their rows a step costs a tenth. What is sampled is what `Engine` samples.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.token_ids = mx.array(read_compact()[TOKEN_IDS])
+        self.unembedding = Matrix(weight=model.unembedding.weight[self.token_ids])
+
+    def speak(self, trials: Sequence[Trial]) -> None:
+        """One turn of every trial; prompts of like length share a batch."""
+        waiting = sorted(((trial.prompt(), trial) for trial in trials), key=lambda p: len(p[0]))
+        for start in range(0, len(waiting), BATCH):
+            part = waiting[start : start + BATCH]
+            turns = self.generate([p for p, _ in part], [trial.seed for _, trial in part])
+            for (_, trial), tokens in zip(part, turns, strict=True):
+                trial.hear(tokens)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int | None]
+    ) -> list[list[int]]:
+        """Sampled tokens of each prompt up to its stop token; without a seed, the likeliest."""
+        longest = max(len(prompt) for prompt in prompts)
+        padding = [longest - len(prompt) for prompt in prompts]
+        cache = self.model.make_cache(len(prompts), left_padding=padding)
+        rows = SamplingRows.pack(
+            [SamplingParams(temperature=float(s is not None), seed=s or 0) for s in seeds]
+        )
+        lengths = mx.array([len(prompt) for prompt in prompts])
+        tokens = mx.array([[0] * n + list(p) for n, p in zip(padding, prompts, strict=True)])
+        written: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for step in range(MAX_TOKENS):
+            hidden = self.model.hidden(tokens, cache)[:, -1:]
+            logits = final_logits(hidden, self.unembedding)[:, 0]
+            chosen = self.token_ids[self.sample(logits, lengths + step, rows)]
+            for row in list(running):
+                token = chosen[row].item()
+                assert isinstance(token, int)
+                written[row].append(token)
+                running -= {row} if token in STOP_TOKENS else set()
+            if not running:
+                break
+            tokens = chosen[:, None]
+        return written
+
+    def sample(self, logits: mx.array, positions: mx.array, rows: SamplingRows) -> mx.array:
+        """Indices (B) of the tokens drawn from logits (B, N), with the noise of `sampling`."""
+        noise = gumbel(rows.key, positions, ids=self.token_ids[None].astype(mx.uint32))
+        return mx.argmax(logits + mx.where(rows.temperature > 0, noise, 0), axis=-1)
 
 
 @dataclass
@@ -189,75 +178,78 @@ class Score:
     right: int = 0
     well_formed: int = 0
 
-
-def evaluate(engine: Engine, seeds: int, *, show: int) -> dict[str, object]:
-    """Asks everything; efforts take turns over the cases. Prints up to `show` wrong replies."""
-    scores: dict[tuple[str, str], Score] = defaultdict(Score)
-    reasoning: dict[str, list[int]] = defaultdict(list)
-    for number, case in enumerate(cases()):
-        effort = EFFORTS[number % 3]
-        for seed in [None, *range(seeds)]:
-            outcome = run_case(engine, case, effort, seed)
-            score = scores[case.kind, "0" if seed is None else "1"]
-            score.asked += 1
-            score.right += outcome.right
-            score.well_formed += outcome.well_formed
-            if seed is None:
-                reasoning[effort].append(outcome.reasoning_tokens)
-            if not outcome.right and show:
-                show -= 1
-                said = [
-                    (r.reasoning, r.text, *(c.arguments for c in r.tool_calls))
-                    for r in outcome.replies
-                ]
-                print(f"  wrong, {effort}, seed {seed}: {case.messages[-1].content!r}: {said}")
-    return summary(scores, reasoning)
+    def add(self, trial: Trial) -> None:
+        """Count one trial."""
+        self.asked += 1
+        self.right += trial.right
+        self.well_formed += trial.well_formed
 
 
-def summary(
-    scores: dict[tuple[str, str], Score], reasoning: dict[str, list[int]]
-) -> dict[str, object]:
+def evaluate(model: Model, *, seeds: int, every: int) -> list[Trial]:
+    """Ask all cases, or one in `every`; the efforts take turns over them."""
+    trials = [
+        Trial(case, EFFORTS[number % 3], seed, list(case.messages))
+        for number, case in enumerate(list(cases())[::every])
+        for seed in [None, *range(seeds)]
+    ]
+    speaker = Speaker(model)
+    speaker.speak(trials)
+    speaker.speak([trial for trial in trials if trial.answer_call()])
+    return trials
+
+
+def summary(trials: Sequence[Trial]) -> dict[str, Any]:
     """Counts by kind and temperature, and the mean length of the reasoning by effort."""
-    kinds: dict[str, dict[str, str]] = defaultdict(dict)
-    totals: dict[str, Score] = defaultdict(Score)
-    for (kind, temperature), score in scores.items():
-        kinds[kind][temperature] = f"{score.right}/{score.asked}"
-        total = totals[temperature]
-        total.asked += score.asked
-        total.right += score.right
-        total.well_formed += score.well_formed
-    lengths = {effort: round(sum(n) / len(n), 1) for effort, n in reasoning.items()}
+    scores: dict[str, dict[str, Score]] = defaultdict(lambda: {"0": Score(), "1": Score()})
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for trial in trials:
+        temperature = "0" if trial.seed is None else "1"
+        for kind in (trial.case.kind, "all"):
+            scores[kind][temperature].add(trial)
+        lengths[trial.effort].append(trial.reasoning_tokens)
     return {
-        "kinds": dict(kinds),
-        "total": {t: f"{s.right}/{s.asked}" for t, s in totals.items()},
-        "well_formed": {t: f"{s.well_formed}/{s.asked}" for t, s in totals.items()},
-        "reasoning_tokens": lengths,
+        "right": {
+            kind: {t: f"{score.right}/{score.asked}" for t, score in by_temperature.items()}
+            for kind, by_temperature in scores.items()
+        },
+        "well_formed": {t: f"{s.well_formed}/{s.asked}" for t, s in scores["all"].items()},
+        "reasoning_tokens": {effort: round(sum(n) / len(n), 1) for effort, n in lengths.items()},
     }
+
+
+def show(trial: Trial) -> str:
+    """A wrong trial in a line."""
+    temperature = "T = 0" if trial.seed is None else f"T = 1, seed {trial.seed}"
+    said = " | ".join(
+        str(message.content) for message in trial.messages[len(trial.case.messages) :]
+    )
+    asked = trial.case.messages[-1].content
+    return f"{trial.case.kind}, {trial.effort}, {temperature}: {asked!r} -> {said!r}"
 
 
 def main() -> None:
-    """Evaluate, print a table and one JSON line, and write the scores."""
+    """Evaluate, print wrong replies, a table and one JSON line, and write the scores."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="converted folder; default: the shipped model")
-    parser.add_argument("--store", type=Path, default=Path(".demo-store"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--show", type=int, default=20, help="wrong replies printed")
+    parser.add_argument("--seeds", type=int, default=1, help="trials of each case at T = 1")
+    parser.add_argument("--every", type=int, default=1, help="ask one case in so many")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    folder = arguments.model or demo_model_path(arguments.store)
     began = time.time()
-    engine = harmony_engine(load_model(folder))
+    model = load_model(demo_model_path(model_store()))
+    trials = evaluate(model, seeds=arguments.seeds, every=arguments.every)
     record = {
         "model_sha256": DEMO_SHA256,
         "seeds": arguments.seeds,
-        **evaluate(engine, arguments.seeds, show=arguments.show),
-        "machine": f"{platform.machine()} {platform.system()}",
-        "mlx": mx.__version__,
+        **summary(trials),
+        "machine": f"{platform.machine()} {platform.system()}, MLX {mx.__version__}",
         "wall_s": round(time.time() - began, 1),
     }
+    for trial in trials:
+        if not trial.right:
+            print(show(trial))
     print(f"{'kind':18}{'T = 0':>10}{'T = 1':>10}")
-    for kind, right in record["kinds"].items():  # pyright: ignore
-        print(f"{kind:18}{right['0']:>10}{right.get('1', '-'):>10}")
+    for kind, right in record["right"].items():
+        print(f"{kind:18}{right['0']:>10}{right['1']:>10}")
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))

@@ -133,7 +133,8 @@ def rate_at(step: int, steps: int) -> float:
 def train(out: Path, steps: int, *, resume: bool) -> None:
     """Trains up to `steps` steps; saves every 200, prints every 50."""
     torch.manual_seed(SEED)
-    vocabulary = render.trained_vocabulary()
+    saved = torch.load(out) if resume else None
+    vocabulary = saved["vocabulary"] if saved else render.trained_vocabulary()
     model = DemoModel(len(vocabulary))
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if name.split(".")[-1] in MUON]
@@ -141,8 +142,7 @@ def train(out: Path, steps: int, *, resume: bool) -> None:
     muon = Muon(matrices)
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     first = 0
-    if resume:
-        saved = torch.load(out)
+    if saved:
         model.load_state_dict(saved["model"])
         adam.load_state_dict(saved["adam"])
         muon.momentum = dict(zip(matrices, saved["muon"], strict=True))
