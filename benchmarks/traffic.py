@@ -4,8 +4,8 @@
     python benchmarks/traffic.py --write    also rewrite tests/goldens/traffic.json
 
 No time is measured: the counters say what a kernel asks of a GPU's memory system, which is
-necessary for speed and not sufficient. Columns, each over `ideal`, the bytes of weights, scales, or keys and
-values that the work cannot do without:
+necessary for speed and not sufficient. Columns, each over `ideal`, the bytes of weights, scales, or
+keys and values that the work cannot do without:
 
     distinct_sectors      32-byte sectors that a threadgroup touches at least once
     instruction_sectors   32-byte sectors touched by each load instruction of a simdgroup, summed
