@@ -1,0 +1,102 @@
+"""The demo model generates with every kernel emulated, token for token what plain MLX generates."""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gptoss.decode import ROWS, Decoder
+from mlx_gptoss.demo import demo_model_path, read_compact
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import all_kernels
+from mlx_gptoss.metal.emulator import emulate
+from mlx_gptoss.model import Model, load_model
+from mlx_gptoss.vocabulary import load_vocabulary
+
+TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(demo_model_path(tmp_path_factory.mktemp("store")), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def trained_ids() -> np.ndarray:
+    """The ids the demo was trained on, and as many others as fill the last 64 logits."""
+    ids = read_compact()["token_ids"].tolist()
+    others = (i for i in range(1000, 2000) if i not in ids)
+    return np.sort([*ids, *(next(others) for _ in range(-len(ids) % 64))])
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """Emulated kernels run when they are called, which a trace is not."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def prompt() -> list[int]:
+    encode = load_vocabulary().encode
+    question = encode("Hello, what is the capital of France?")
+    return [200006, *encode("user"), 200008, *question, 200007, 200006, *encode("assistant")]
+
+
+def by_mlx(model: Model, tokens: list[int], count: int) -> list[int]:
+    cache, fed = model.make_cache(), mx.array([tokens])
+    found: list[int] = []
+    for _ in range(count):
+        found.append(int(mx.argmax(model.next_logits(fed, cache))))
+        fed = mx.array([[found[-1]]])
+    return found
+
+
+def by_kernels(model: Model, tokens: list[int], count: int) -> tuple[list[int], list[str]]:
+    """Tokens of the decode step, and the kernel of each launch."""
+    allowed = mx.ones((model.config.vocab_size,), mx.uint8)
+    decoder = Decoder(model, kernels=all_kernels(), allowed=allowed)
+    cache = model.make_cache()
+    model.hidden(mx.array([tokens[:-1]]), cache)
+    found = []
+    with emulate(mode="plain") as session:
+        decoding = decoder.start(cache, mx.array(tokens[-1:]), temperatures=[0], seeds=[0])
+        for _ in range(count):
+            decoding.advance()
+            found.append(int(decoding.state.token))
+    return found, [report.kernel for report in session.reports]
+
+
+def test_a_conversation_is_token_identical(demo: Model, trained_ids: np.ndarray) -> None:
+    """Past the window of 128 and past a merge, over the rows of the vocabulary that were trained.
+
+    The other 199,424 rows are one row again and again; emulating them takes a second a token.
+    """
+    model = cut(demo, mx.array(trained_ids))
+    place = {int(token): row for row, token in enumerate(trained_ids)}
+    tokens = [place[token] for token in prompt()]
+    assert len(tokens) + TOKENS > ROWS + demo.config.sliding_window // 2
+    found, kernels = by_kernels(model, tokens, TOKENS)
+    assert found == by_mlx(model, tokens, TOKENS)
+    text = load_vocabulary().decode([int(trained_ids[row]) for row in found])
+    assert "Paris" in text
+    # 6 kernels in a sliding layer, 7 in a full one, 3 besides; two layers of each kind
+    assert len(kernels) == TOKENS * (2 * 6 + 2 * 7 + 3)
+    assert all(any(f"gptoss_{stem}_" in name for name in kernels) for stem in KERNELS)
+
+
+def cut(demo: Model, rows: mx.array) -> Model:
+    """The demo with some rows of its vocabulary."""
+    model = copy(demo)
+    model.embedding = replace(demo.embedding, weight=demo.embedding.weight[rows])
+    model.unembedding = replace(demo.unembedding, weight=demo.unembedding.weight[rows])
+    model.config = replace(demo.config, vocab_size=rows.size)
+    return model
+
+
+def test_the_whole_vocabulary(demo: Model) -> None:
+    found, _ = by_kernels(demo, prompt(), 2)
+    assert found == by_mlx(demo, prompt(), 2)
