@@ -57,7 +57,8 @@ class Decoder:
     """The step of one model.
 
     Args:
-        model: whose weights it reads; they are arguments of the compiled function, not constants.
+        model: whose weights it reads; they are arguments of the compiled function, not constants,
+            and should be evaluated: what is lazy is computed again in every step.
         kernels: what runs each operation.
         allowed: (V,) bool or uint8, ids that may be sampled.
     """
@@ -283,13 +284,13 @@ def _weights(model: Model, allowed: mx.array) -> Weights:
         layer: Weights = {name: _arrays(matrix) for name, matrix in matrices.items()}
         layer |= {"norm": attention.norm, "sinks": attention.sinks, "moe_norm": moe.norm}
         layers.append(layer)
-    weights = {
+    rope = (model.rope.coarse, model.rope.fine)
+    mx.eval(rope, allowed)
+    return {
         "embedding": _arrays(model.embedding),
         "layers": layers,
         "norm": model.norm,
         "unembedding": _arrays(model.unembedding),
-        "rope": (model.rope.coarse, model.rope.fine),
+        "rope": rope,
         "allowed": allowed,
     }
-    mx.eval(weights)
-    return weights

@@ -1,0 +1,249 @@
+"""Counting what a traced MLX graph launches on Metal, without Metal.
+
+Whether a primitive launches no kernel, one, or two is read off mlx/backend/metal and
+mlx/backend/gpu of MLX 0.32: views launch none, a concatenation one for each part, the rest one.
+"""
+
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import KernelSet
+from mlx_gptoss.matrix import Matrix
+
+VIEWS = frozenset(
+    """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten
+    NumberOfElements Reshape Slice Split Squeeze StopGradient Transpose Unflatten View""".split()
+)
+LAUNCHES = {"Concatenate": 2}  # mlx-lm joins two parts
+WIDTH = 64  # of the traced mlx-lm models: their graphs do not depend on it
+# The fused primitives that MLX's CPU takes apart: one rare operation stands for each.
+STAND_INS = {"ErfInv": "RMSNorm", "ArcSinh": "RoPE", "ArcTanh": "SDPA", "ArcCosh": "Dequantize"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What one step launches.
+
+    Attributes:
+        kernels: kernels launched.
+        depth: of them, the longest chain in which each needs the one before.
+        inputs: arrays that enter the graph.
+        host_ms: median CPU time to build it in ms, where that was timed.
+    """
+
+    kernels: int
+    depth: int
+    inputs: int
+    host_ms: float | None = None
+
+
+def launches(primitive: str) -> int:
+    """Kernels of one primitive."""
+    return 0 if primitive in VIEWS else LAUNCHES.get(primitive, 1)
+
+
+def count_graph(call: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]) -> Counted:
+    """Trace a function of arrays and count its graph; nothing is evaluated."""
+    found: list[dict[str, Any]] = []
+    mx.export_function(found.append, call, *arrays)
+    primitives = [p for p in found if p["type"] == "primitive"]
+    nodes = [
+        (p["name"], [i[0] for i in p["inputs"]], [o[0] for o in p["outputs"]]) for p in primitives
+    ]
+    return _count(nodes, inputs=len(arrays))
+
+
+def _count(nodes: Sequence[tuple[str, list[Any], list[Any]]], *, inputs: int) -> Counted:
+    depth: dict[Any, int] = defaultdict(int)
+    for name, sources, results in nodes:
+        here = max((depth[s] for s in sources), default=0) + launches(name)
+        depth |= dict.fromkeys(results, here)
+    kernels = sum(launches(name) for name, _, _ in nodes)
+    return Counted(kernels=kernels, depth=max(depth.values()), inputs=inputs)
+
+
+def stand_in_kernels() -> KernelSet:
+    """Kernels that compute nothing and make as many arrays, for timing the host's side."""
+    outputs = {
+        "attention_decode": 2,
+        "route": 2,
+        "unembed": 2,
+        "norm_qkv_rope": 3,
+        "sample_token": 3,
+    }
+
+    def stand_in(count: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arrays = _arrays((args, tuple(kwargs.values())))
+            made = mx.depends((arrays * count)[:count], arrays[1:])
+            if count == 3 and "append" in kwargs:
+                return made[0], (made[1], made[2])
+            return made[0] if count == 1 else tuple(made)
+
+        return call
+
+    return KernelSet({stem: stand_in(outputs.get(stem, 1)) for stem in KERNELS}, {})
+
+
+def _arrays(value: Any) -> list[mx.array]:
+    if isinstance(value, mx.array):
+        return [value]
+    if isinstance(value, Matrix):
+        return [a for f in fields(value) for a in _arrays(getattr(value, f.name))]
+    items = value.values() if isinstance(value, Mapping) else value
+    return [a for i in items for a in _arrays(i)] if isinstance(items, list | tuple) else []
+
+
+def mlx_lm_counts(config: ModelConfig, dense: str) -> Counted:
+    """One decode step of mlx-lm, 600 tokens into a text, greedy, as its own loop builds it.
+
+    Two and four of its layers are traced at small widths, which the graph does not depend on; the
+    rest follows by addition.
+    """
+    with _fused_primitives():
+        two, four = (_mlx_lm_step(config, dense, layers) for layers in (2, 4))
+        pairs = (config.num_hidden_layers - 2) // 2
+        whole = _mlx_lm_step(config, dense, config.num_hidden_layers)
+    return Counted(
+        kernels=two.kernels + pairs * (four.kernels - two.kernels),
+        depth=two.depth + pairs * (four.depth - two.depth),
+        inputs=whole.inputs,
+        host_ms=whole.host_ms,
+    )
+
+
+@contextmanager
+def _fused_primitives() -> Iterator[None]:
+    """Replace what Metal fuses by one operation each; `mx.depends` carries the other inputs."""
+
+    def rms_norm(x: mx.array, weight: mx.array, eps: float, **_: Any) -> mx.array:
+        return mx.erfinv(mx.depends([x], [weight])[0])
+
+    def rope(x: mx.array, _: int, *, freqs: mx.array, **__: Any) -> mx.array:
+        return mx.arcsinh(mx.depends([x], [freqs])[0])
+
+    def attention(q: mx.array, k: mx.array, v: mx.array, **more: Any) -> mx.array:
+        others = [a for a in (k, v, more.get("mask"), more.get("sinks")) if isinstance(a, mx.array)]
+        return mx.arctanh(mx.depends([q], others)[0])
+
+    def dequantize(w: mx.array, scales: mx.array, biases: mx.array, *_: Any, **__: Any) -> mx.array:
+        y = mx.arccosh(mx.depends([mx.view(w, mx.bfloat16)], [scales, biases])[0])
+        return mx.broadcast_to(y[..., :1], (*w.shape[:-1], WIDTH))
+
+    replaced = {
+        (mx.fast, "rms_norm"): rms_norm,
+        (mx.fast, "rope"): rope,
+        (mx.fast, "scaled_dot_product_attention"): attention,
+        (mx, "dequantize"): dequantize,
+    }
+    kept = {(module, name): getattr(module, name) for module, name in replaced}
+    try:
+        for (module, name), function in replaced.items():
+            setattr(module, name, function)
+        yield
+    finally:
+        for (module, name), function in kept.items():
+            setattr(module, name, function)
+
+
+def _mlx_lm_step(config: ModelConfig, dense: str, layers: int) -> Counted:
+    model = _mlx_lm_model(config, dense, layers)
+    token, times = mx.zeros((1,), mx.int32), []
+    for _ in range(20):
+        caches = _caches(model)
+        started = time.thread_time()
+        logits = model(token[None], cache=caches)[:, -1, :]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        chosen = mx.argmax(logprobs, axis=-1)
+        times.append(1e3 * (time.thread_time() - started))
+    nodes = _nodes(chosen, logprobs)
+    counted = _count(nodes, inputs=0)
+    return Counted(
+        kernels=counted.kernels,
+        depth=counted.depth,
+        inputs=len(
+            {s for _, sources, _ in nodes for s in sources} - {o for *_, r in nodes for o in r}
+        ),
+        host_ms=round(statistics.median(times), 2),
+    )
+
+
+def _mlx_lm_model(config: ModelConfig, dense: str, layers: int) -> Any:
+    from mlx_lm.models import gpt_oss
+
+    yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096}  # fmt: skip
+    model = gpt_oss.Model(
+        gpt_oss.ModelArgs(
+            num_hidden_layers=layers,
+            num_local_experts=config.num_local_experts,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            vocab_size=1024,
+            rope_scaling=yarn,
+        )
+    )
+    model.set_dtype(mx.bfloat16)
+
+    def packing(path: str, module: Any) -> Any:
+        if not hasattr(module, "to_quantized"):
+            return False
+        if "experts" in path:
+            return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+        return {"bf16": False, "q8": {"group_size": 64, "bits": 8}}.get(
+            dense, {"group_size": 64, "bits": 4}
+        )
+
+    nn.quantize(model, class_predicate=packing)
+    mx.eval(model.parameters())
+    for layer in model.layers:  # inverse frequencies are lazy too
+        mx.eval(layer.self_attn.rope._freqs)
+    return model
+
+
+def _caches(model: Any) -> list[Any]:
+    caches = model.make_cache()
+    for cache in caches:
+        rows = getattr(cache, "max_size", None) or 768
+        cache.keys = mx.zeros((1, 8, rows, 64), mx.bfloat16)
+        cache.values = mx.zeros((1, 8, rows, 64), mx.bfloat16)
+        cache.offset = 600
+        if hasattr(cache, "_idx"):
+            cache._idx = 600 % rows
+        mx.eval(cache.keys, cache.values)
+    return caches
+
+
+def _nodes(*outputs: mx.array) -> list[tuple[str, list[str], list[str]]]:
+    """The graph in order of dependence, from MLX's own drawing of it."""
+    handle, path = tempfile.mkstemp(suffix=".dot")
+    os.close(handle)
+    try:
+        mx.export_to_dot(path, *outputs)
+        text = Path(path).read_text()
+    finally:
+        os.remove(path)
+    nodes: list[tuple[str, list[str], list[str]]] = []
+    for line in text.splitlines():  # a shared primitive has one id: the order tells them apart
+        if label := re.match(r'\{ \d+ \[label ="([^"]+)"', line):
+            name = label[1].split()[0]
+            nodes.append((STAND_INS.get(name, name), [], []))
+        elif source := re.match(r'"([^"]+)" -> \d+', line):
+            nodes[-1][1].append(source[1])
+        elif result := re.match(r'\d+ -> "([^"]+)"', line):
+            nodes[-1][2].append(result[1])
+    return nodes
