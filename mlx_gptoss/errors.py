@@ -73,3 +73,7 @@ class EmulatorError(GptOssError):
 
 class MachineError(GptOssError):
     """A chip or a memory size that no Mac has, or a request that does not fit the memory."""
+
+
+class BenchmarkError(GptOssError):
+    """A record of a measurement cannot be read, or compared with another."""

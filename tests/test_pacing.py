@@ -25,7 +25,7 @@ def read(pacer: ChunkPacer, prompt: int, **machine: float) -> list[tuple[int, fl
 
 @pytest.mark.parametrize("rate", [150, 405, 600, 1022, 1589, 2416])
 def test_published_speeds_settle_below_the_target(rate):
-    """From M1 to M2 Ultra: after the first chunks none takes longer, and few are needlessly small."""
+    """From M1 to M2 Ultra: after the first chunks none takes longer, and none is tiny."""
     chunks = read(ChunkPacer(512), 8192, rate=rate)
     assert all(time <= TARGET_S for _, time in chunks[3:])
     settled = chunks[len(chunks) // 2][0]

@@ -1,0 +1,134 @@
+"""`mlx-gptoss bench`: measure a model, compare records, draw the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_gptoss.cli.console import Progress, note
+
+RESULTS = "benchmarks/results"
+
+
+class _MeasuresByDefault(click.Group):
+    """`bench MODEL` means `bench run MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_MeasuresByDefault)
+def bench() -> None:
+    """Measure prefill and decode, and compare.
+
+    `bench MODEL` is short for `bench run MODEL`.
+    """
+
+
+@bench.command()
+@click.argument("model")
+@click.option(
+    "--depths",
+    default="512,2048,8192",
+    show_default=True,
+    metavar="N,...",
+    help="Prompt lengths, after which decoding is measured.",
+)
+@click.option(
+    "--answer",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Tokens decoded in each run.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Runs of each depth, after one that warms up.",
+)
+@click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["md", "json", "csv"]),
+    default="md",
+    show_default=True,
+    help="Of the result on standard output.",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Keep the record here, under the names of chip, memory and model.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes.")
+def run(
+    *,
+    model: str,
+    depths: str,
+    answer: int,
+    repeats: int,
+    compare: str | None,
+    form: str,
+    save: Path | None,
+    quiet: bool,
+) -> None:
+    """Measure MODEL: demo, 20b, 120b, a folder or a hub id."""
+    from mlx_gptoss import bench as benchmark
+    from mlx_gptoss import bench_text
+    from mlx_gptoss.library import find_model
+    from mlx_gptoss.machine import read_machine
+
+    folder, machine = find_model(model), read_machine()
+    if machine.power_source == "Battery Power" or machine.low_power_mode:
+        note("On battery or in low-power mode: this is slower than the machine.", quiet=quiet)
+    record = benchmark.bench(
+        model,
+        folder,
+        machine=machine,
+        depths=_depths(depths),
+        answer=answer,
+        repeats=repeats,
+        compare=compare is not None,
+        progress=Progress(quiet=quiet).share,
+    )
+    forms = {"md": bench_text.as_markdown, "csv": bench_text.as_csv, "json": _json}
+    click.echo(forms[form](record))
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        path = save / benchmark.file_name(record)
+        path.write_text(_json(record) + "\n", encoding="utf-8")
+        note(f"saved {path}", quiet=quiet)
+
+
+@bench.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def diff(*, before: Path, after: Path, as_json: bool) -> None:
+    """Compare two saved records where they measured the same."""
+    from mlx_gptoss.bench_text import difference, difference_text, read_record
+
+    rows = difference(read_record(before), read_record(after))
+    click.echo(_json({"differences": rows}) if as_json else difference_text(rows))
+
+
+def _depths(text: str) -> list[int]:
+    try:
+        depths = [int(part) for part in text.split(",")]
+    except ValueError:
+        depths = []
+    if not depths or min(depths) < 1:
+        raise click.UsageError(f"--depths: expected lengths such as 512,2048, got {text!r}")
+    return depths
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2)
