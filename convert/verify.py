@@ -68,11 +68,9 @@ def verify_conversion(
         for name, parts in by_source(dict(source.parts)).items():
             if name not in source.tensors:
                 continue  # the scales that a dense fine-tune does not have
-            for kind, error, nbytes in check.tensor(name, parts):
-                key = (kind.kind, kind.unit)
-                worst[key] = max(worst.get(key, kind), kind, key=lambda k: k.relative_error)
-                if error:
-                    raise VerificationError(f"{error}; convert again, and check the disk")
+            for error, nbytes in check.tensor(name, parts):
+                key = (error.kind, error.unit)
+                worst[key] = max(worst.get(key, error), error, key=lambda e: e.relative_error)
                 compared(nbytes)
     return list(worst.values())
 
@@ -90,8 +88,8 @@ class _Comparison:
         self.source, self.tensors, self.quantization = source, tensors, quantization
         self.reader = reader
 
-    def tensor(self, name: str, parts: Mapping[str, Part]) -> Iterator[tuple[KindError, str, int]]:
-        """The errors of one source tensor, piece by piece: kind, fault or "", bytes compared."""
+    def tensor(self, name: str, parts: Mapping[str, Part]) -> Iterator[tuple[KindError, int]]:
+        """The error of each piece of one source tensor, and the bytes compared; a fault raises."""
         packing = [self._packing(converted) for converted in parts]
         if packing[0] is None:
             yield from self._bytes(name, parts)
@@ -108,7 +106,7 @@ class _Comparison:
         repacked = packing is not None and packing.mode == "mxfp4"
         return None if repacked and not self.source.dense_experts else packing
 
-    def _bytes(self, name: str, parts: Mapping[str, Part]) -> Iterator[tuple[KindError, str, int]]:
+    def _bytes(self, name: str, parts: Mapping[str, Part]) -> Iterator[tuple[KindError, int]]:
         entry = self.source.tensors[name]
         axis = next(iter(parts.values())).axis
         outer, count = math.prod(entry.shape[:axis]), entry.shape[axis]
@@ -121,8 +119,9 @@ class _Comparison:
                 start = entry.start + (index * count + first) * row_bytes
                 expected = self.reader.read(entry.path, start, len(rows) * row_bytes)
                 got = self._rebuilt(parts, index, rows, count, row_bytes)
-                fault = "" if np.array_equal(expected, got.reshape(-1)) else _fault(name, rows)
-                yield kind, fault, len(expected)
+                if not np.array_equal(expected, got.reshape(-1)):
+                    raise _fault(name, rows)
+                yield kind, len(expected)
 
     def _rebuilt(
         self, parts: Mapping[str, Part], index: int, rows: range, count: int, row_bytes: int
@@ -146,7 +145,7 @@ class _Comparison:
 
     def _affine(
         self, name: str, converted: str, part: Part, bits: int
-    ) -> Iterator[tuple[KindError, str, int]]:
+    ) -> Iterator[tuple[KindError, int]]:
         entry, module = self.source.tensors[name], converted.removesuffix(".weight")
         columns = entry.shape[1]
         mine = range(entry.shape[0])[part.rows]
@@ -167,12 +166,11 @@ class _Comparison:
             kind = KindError(
                 _kind(converted), float(error.max()), relative, AFFINE_BOUND_STEPS, "steps"
             )
-            fault = "" if relative <= AFFINE_BOUND_STEPS else _fault(name, source_rows)
-            yield kind, fault, len(rows) * columns * 2
+            yield _within_bound(kind, name, source_rows), len(rows) * columns * 2
 
     def _dense_experts(
         self, name: str, parts: Mapping[str, Part]
-    ) -> Iterator[tuple[KindError, str, int]]:
+    ) -> Iterator[tuple[KindError, int]]:
         entry = self.source.tensors[name]
         count = entry.shape[2]
         for expert, matrix in enumerate(read_experts(self.reader, entry)):
@@ -182,8 +180,7 @@ class _Comparison:
                     rows = range(first, min(first + QUANTIZED_ROWS, len(mine)))
                     picked = matrix[:, mine[rows[0]] : mine[rows[-1]] + 1 : mine.step]
                     kind = self._mxfp4_error(converted, expert * len(mine), rows, picked.T)
-                    fault = "" if kind.relative_error <= kind.bound else _fault(name, rows)
-                    yield kind, fault, picked.size * 2
+                    yield _within_bound(kind, name, rows), picked.size * 2
 
     def _mxfp4_error(
         self, converted: str, offset: int, rows: range, values: np.ndarray
@@ -218,8 +215,18 @@ def _ratio(error: np.ndarray, unit: np.ndarray) -> float:
         return float(np.where(error == 0, 0, error / unit).max())
 
 
-def _fault(name: str, rows: range) -> str:
-    return f"{name}: rows {rows.start} to {rows.stop - 1} differ from the source"
+def _within_bound(error: KindError, name: str, rows: range) -> KindError:
+    """The same error, if it keeps its bound; not a number keeps none."""
+    if error.relative_error <= error.bound:
+        return error
+    raise _fault(name, rows)
+
+
+def _fault(name: str, rows: range) -> VerificationError:
+    return VerificationError(
+        f"{name}: rows {rows.start} to {rows.stop - 1} differ from the source; convert again, and "
+        "check the disk"
+    )
 
 
 def _kind(converted: str) -> str:
