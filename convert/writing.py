@@ -1,13 +1,12 @@
 """Writes one safetensors file from pieces, and takes its sha256 and that of each tensor on the way.
 
-Hashing costs about as much as copying, so it runs beside the copying: one thread takes the hash of
-the file, another those of the tensors (`hashlib` releases the interpreter for large buffers).
+Reading, writing and the two hashes take about equal time, so each has a thread: whoever calls reads
+the pieces, and three workers take them in order. All four release the interpreter while they work.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -17,8 +16,8 @@ import numpy as np
 
 from mlx_gptoss.weight_files import TensorSpec, safetensors_header
 
-_END = b""
-QUEUED_PIECES = 3  # bounds the memory: pieces that wait to be hashed
+Work = tuple[Callable[[memoryview], object], memoryview]
+QUEUED_PIECES = 3  # bounds the memory: pieces that wait for the slowest worker
 
 
 @dataclass(frozen=True)
@@ -30,50 +29,40 @@ class WrittenFile:
     tensors: dict[str, str]
 
 
-class _Hasher:
-    """A thread that hashes what it is given, in order."""
+class _Worker:
+    """A thread that does what it is told, in order, and stops working at the first error."""
 
     def __init__(self) -> None:
-        self._queue: Queue[bytes | memoryview | None] = Queue(QUEUED_PIECES)
-        self._hash = hashlib.sha256()
-        self._digests: list[str] = []
+        self._queue: Queue[Work | None] = Queue(QUEUED_PIECES)
+        self._error: BaseException | None = None
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def update(self, data: bytes | memoryview) -> None:
-        self._queue.put(data)
+    def do(self, function: Callable[[memoryview], object], data: memoryview) -> None:
+        """Have `function(data)` called; an error of an earlier call is raised here."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put((function, data))
 
-    def cut(self) -> None:
-        """End one hash and begin the next."""
-        self._queue.put(None)
+    def finish(self) -> None:
+        """Wait for all of it."""
+        self.stop()
+        if self._error is not None:
+            raise self._error
 
-    def digests(self) -> list[str]:
-        """All hashes; the last `cut` ends the last one."""
-        self._queue.put(_END)
-        self._thread.join()
-        return self._digests
+    def stop(self) -> None:
+        """End the thread, whatever happened."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            data = self._queue.get()
-            if data is None:
-                self._digests.append(self._hash.hexdigest())
-                self._hash = hashlib.sha256()
-            elif data is _END:
-                return
-            else:
-                self._hash.update(data)
-
-
-@contextmanager
-def _hashers(count: int) -> Iterator[list[_Hasher]]:
-    """Hashers whose threads end with the block, also when it fails."""
-    hashers = [_Hasher() for _ in range(count)]
-    try:
-        yield hashers
-    finally:
-        for hasher in hashers:
-            hasher.digests()
+        while (work := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    work[0](work[1])
+                except BaseException as error:
+                    self._error = error
 
 
 def write_file(
@@ -95,32 +84,48 @@ def write_file(
         OSError: The disk is full, or fails.
     """
     part = path.with_name(path.name + ".part")
-    header = safetensors_header(tensors)
-    with part.open("wb", buffering=0) as file, _hashers(2) as (whole, each):
-        _write(file.fileno(), header)
-        whole.update(header)
-        for name, spec in tensors.items():
-            size = 0
-            for piece in pieces(name):
-                data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-                whole.update(data)
-                each.update(data)
-                _write(file.fileno(), data)
-                written(len(data))
-                size += len(data)
-            assert size == spec.nbytes, f"{name}: {size} bytes written, {spec} takes {spec.nbytes}"
-            each.cut()
-        whole.cut()
-        digests = each.digests()
-        (sha256,) = whole.digests()
+    whole, each = hashlib.sha256(), {name: hashlib.sha256() for name in tensors}
+    nbytes = 0
+    with part.open("wb", buffering=0) as file:
+        workers = write_all, hash_file, hash_tensor = _Worker(), _Worker(), _Worker()
+
+        def write(data: memoryview) -> None:
+            _write(file.fileno(), data)
+
+        try:
+            for name, data in _file_pieces(tensors, pieces):
+                write_all.do(write, data)
+                hash_file.do(whole.update, data)
+                if name is not None:
+                    hash_tensor.do(each[name].update, data)
+                    written(len(data))
+                nbytes += len(data)
+            for worker in workers:
+                worker.finish()
+        finally:
+            for worker in workers:
+                worker.stop()
         os.fsync(file.fileno())
     os.replace(part, path)
-    nbytes = len(header) + sum(spec.nbytes for spec in tensors.values())
-    return WrittenFile(nbytes, sha256, dict(zip(tensors, digests, strict=True)))
+    digests = {name: digest.hexdigest() for name, digest in each.items()}
+    return WrittenFile(nbytes, whole.hexdigest(), digests)
 
 
-def _write(descriptor: int, data: bytes | memoryview) -> None:
+def _file_pieces(
+    tensors: Mapping[str, TensorSpec], pieces: Callable[[str], Iterable[np.ndarray]]
+) -> Iterable[tuple[str | None, memoryview]]:
+    """The header, whose name is None, and then the pieces of every tensor."""
+    yield None, memoryview(safetensors_header(tensors))
+    for name, spec in tensors.items():
+        size = 0
+        for piece in pieces(name):
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            size += len(data)
+            yield name, data
+        assert size == spec.nbytes, f"{name}: {size} bytes, {spec} takes {spec.nbytes}"
+
+
+def _write(descriptor: int, data: memoryview) -> None:
     """Write all of it: a single call may write less, for example when the disk fills up."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    while data:
+        data = data[os.write(descriptor, data) :]
