@@ -53,19 +53,35 @@ def attention_block(
         (B, T, D) in the type of x.
     """
     q, k, v = _project(x, weights, place, place.angles)
-    rest = {"scale": place.scale, "start": place.start}
-    offset, one_token = cache.offset, x.shape[1] == 1
     if isinstance(cache, WindowCache):
-        attend = reference.attention_window if one_token else reference.attention_window_prefill
-        keys, values = cache.append(k, v) if one_token else cache.extend(k, v)
-        mixed = attend(q, keys, values, weights.sinks, offset=offset, **rest)
-    elif one_token:
-        mixed = reference.attention_decode(q, cache.append(k, v), weights.sinks, **rest)
+        mixed = _sliding(q, k, v, weights.sinks, cache, place)
     else:
-        keys, values = cache.extend(k, v)
-        attend = full_attention_in_blocks if on_cpu() else full_attention_fused
-        mixed = attend(q, keys, values, weights.sinks, offset=offset, **rest)
+        mixed = _full(q, k, v, weights.sinks, cache, place)
     return reference.out_residual(mixed, weights.out, x)
+
+
+def _sliding(
+    q: mx.array, k: mx.array, v: mx.array, sinks: mx.array, cache: WindowCache, place: Place
+) -> mx.array:
+    rest = {"offset": cache.offset, "scale": place.scale, "start": place.start}
+    if q.shape[2] == 1:
+        return reference.attention_window(q, *cache.append(k, v), sinks, **rest)
+    keys, values = cache.extend(k, v)
+    end = cache.offset
+    if end <= cache.window:  # every key so far is in every query's window
+        return _causal_attention(q, keys[:, :, -end:], values[:, :, -end:], sinks, **rest)
+    return reference.attention_window_prefill(q, keys, values, sinks, **rest)
+
+
+def _full(
+    q: mx.array, k: mx.array, v: mx.array, sinks: mx.array, cache: FullCache, place: Place
+) -> mx.array:
+    rest = {"scale": place.scale, "start": place.start}
+    if q.shape[2] == 1:
+        return reference.attention_decode(q, cache.append(k, v), sinks, **rest)
+    offset = cache.offset
+    keys, values = cache.extend(k, v)
+    return _causal_attention(q, keys, values, sinks, offset=offset, **rest)
 
 
 def last_token_block(
@@ -110,6 +126,20 @@ def _project(
         head_dim=place.head_dim,
         eps=place.eps,
     )
+
+
+def _causal_attention(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    sinks: mx.array,
+    *,
+    scale: float,
+    offset: int,
+    start: mx.array | None,
+) -> mx.array:
+    attend = full_attention_in_blocks if on_cpu() else full_attention_fused
+    return attend(q, keys, values, sinks, scale=scale, offset=offset, start=start)
 
 
 def _causal(offset: int, tokens: int, start: mx.array | None) -> mx.array:

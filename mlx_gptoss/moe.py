@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_gptoss import reference
-from mlx_gptoss.matrix import Matrix, expert_linear
+from mlx_gptoss.matrix import Matrix, expert_linear, on_cpu
 
 GROUP_FROM = 64  # (token, expert) pairs
+CPU_ROWS = 32  # tokens at a time on the CPU, which multiplies row by row: more only take memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +43,29 @@ def moe_block(
         (B, T, D) in the type of x.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y, experts, shares = reference.route(rows, weights.norm, weights.router, chosen=chosen, eps=eps)
-    if experts.size < GROUP_FROM:
-        h = reference.experts_swiglu(
-            y[:, None, None],
-            experts,
-            weights.gate,
-            weights.up,
-            limit=limit,
-            alpha=alpha,
-            grouped=False,
+    step = CPU_ROWS if on_cpu() else rows.shape[0]
+    parts = [
+        _experts(
+            rows[first : first + step], weights, chosen=chosen, eps=eps, limit=limit, alpha=alpha
         )
-        return reference.experts_down(h, experts, shares, weights.down, rows).reshape(x.shape)
+        for first in range(0, rows.shape[0], step)
+    ]
+    return mx.concatenate(parts).reshape(x.shape)
+
+
+def _experts(
+    rows: mx.array, weights: MoeWeights, *, chosen: int, eps: float, limit: float, alpha: float
+) -> mx.array:
+    """`moe_block` of tokens (N, D)."""
+    y, experts, shares = reference.route(rows, weights.norm, weights.router, chosen=chosen, eps=eps)
+    grouped = experts.size >= GROUP_FROM
+    clamps = {"limit": limit, "alpha": alpha, "grouped": grouped}
+    if not grouped:
+        x = y[:, None, None]
+        h = reference.experts_swiglu(x, experts, weights.gate, weights.up, **clamps)
+        return reference.experts_down(h, experts, shares, weights.down, rows)
     order, inverse = reference.expert_dispatch(experts)
-    sorted_experts = experts.flatten()[order]
-    h = reference.experts_swiglu(
-        y[order // chosen][:, None],
-        sorted_experts,
-        weights.gate,
-        weights.up,
-        limit=limit,
-        alpha=alpha,
-        grouped=True,
-    )  # (N*K, 1, H)
-    z = expert_linear(h, weights.down, sorted_experts, grouped=True)
-    z = z[inverse].reshape(*experts.shape, -1)  # (N, K, D)
-    return reference.combine(z, shares, rows).reshape(x.shape)
+    pairs, x = experts.flatten()[order], y[order // chosen][:, None]
+    h = reference.experts_swiglu(x, pairs, weights.gate, weights.up, **clamps)  # (N*K, 1, H)
+    z = expert_linear(h, weights.down, pairs, grouped=True)[inverse]
+    return reference.combine(z.reshape(*experts.shape, -1), shares, rows)

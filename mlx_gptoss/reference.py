@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_gptoss.matrix import Matrix, expert_linear, linear
+from mlx_gptoss.matrix import Matrix, expert_linear, linear, matmul_type
 from mlx_gptoss.rope import rotate
 
 
@@ -97,11 +97,12 @@ def attention(
     sink = sinks.astype(mx.float32).reshape(kv_heads, -1, 1, 1)
     peak = mx.maximum(logits.max(-1, keepdims=True), sink)
     weights = mx.exp(logits - peak)
-    weights = weights / (weights.sum(-1, keepdims=True) + mx.exp(sink - peak))
-    out, start = mx.zeros_like(grouped), 0
+    total = weights.sum(-1, keepdims=True) + mx.exp(sink - peak)
+    out, first = mx.zeros_like(grouped), 0
     for _, v in segments:
-        out = out + weights[..., start : start + v.shape[2]] @ wide(v)
-        start += v.shape[2]
+        out = out + weights[..., first : first + v.shape[2]] @ wide(v)
+        first += v.shape[2]
+    out = out / total  # here and not in the weights, which are S / Dh times as many
     out = out.reshape(batch, q_heads, tokens, head_dim).swapaxes(1, 2)
     return out.reshape(batch, tokens, -1).astype(q.dtype)
 
@@ -327,8 +328,9 @@ def experts_swiglu(
     Returns:
         (N, K, 1, H) or (P, 1, H) in the type of x.
     """
-    g = expert_linear(x, gate, experts, grouped=grouped)
-    u = expert_linear(x, up, experts, grouped=grouped)
+    wide = x.astype(matmul_type(x, gate))  # once for both
+    g = expert_linear(wide, gate, experts, grouped=grouped)
+    u = expert_linear(wide, up, experts, grouped=grouped)
     return swiglu(g, u, limit=limit, alpha=alpha).astype(x.dtype)
 
 

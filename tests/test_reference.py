@@ -9,7 +9,7 @@ from mlx_gptoss import reference
 from mlx_gptoss.attention import full_attention_fused, full_attention_in_blocks
 from mlx_gptoss.config import GPT_OSS_20B
 from mlx_gptoss.matrix import Matrix, embed, expert_linear, linear
-from mlx_gptoss.moe import GROUP_FROM, MoeWeights, moe_block
+from mlx_gptoss.moe import CPU_ROWS, GROUP_FROM, MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable
 
 RNG = np.random.default_rng(0)
@@ -275,12 +275,12 @@ def experts_by_hand(y, experts, weights, gate, up, down, residual) -> np.ndarray
     return out
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 15, 16, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 15, 16, 32, 33])
 @pytest.mark.parametrize("favourite", [None, 10], ids=["spread", "one expert for all"])
 def test_experts_by_hand(tokens: int, favourite: int | None) -> None:
-    """Both below and above the number of pairs from which they are sorted by expert."""
+    """Below and above the pairs from which they are sorted, and the rows of a block on the CPU."""
     d, h, e, chosen = 96, 64, 11, 4
-    assert tokens * chosen < GROUP_FROM or tokens >= 16
+    assert 15 * chosen < GROUP_FROM <= 16 * chosen and CPU_ROWS == 32
     (gate, g), (up, u), (down, w) = (packed_experts(e, *s) for s in ((h, d), (h, d), (d, h)))
     bias = np.zeros(e, np.float32)
     if favourite is not None:
