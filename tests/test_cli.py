@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -320,13 +319,11 @@ def test_ctrl_c_shows_what_came_and_exits_130() -> None:
     process = start("slow", "generate", "-m", "x", "Count", stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout and process.stderr
-    began = time.monotonic()
-    first = process.stdout.read(4)
-    assert time.monotonic() - began < 60 and first == b"One,", "the answer does not stream"
+    assert process.stdout.read(4) == b"One,"
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert rest.endswith(b"\n") and b"more, more, more, more, more, more, more, more" not in rest
+    assert rest.endswith(b"\n") and rest.count(b"more") < 150, "it went on to the end"
     assert err.strip() == b"", err
 
 

@@ -44,7 +44,7 @@ FIRST, SECOND = SHARDS
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A hub that this process alone can reach; waits between attempts are shortened."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 20)
     monkeypatch.setattr(transfer, "BACKOFF_S", (0.01, 0.01, 0.01))
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with HubServer({REPO: dict(FILES)}) as running:
@@ -159,11 +159,19 @@ def test_a_server_that_ignores_ranges_does_not_double_the_start(
     assert seen[-1] == result.total_bytes
 
 
-def test_server_errors_and_stalls_pass(server: HubServer, tmp_path: Path) -> None:
+def test_server_errors_pass(server: HubServer, tmp_path: Path) -> None:
     server.faults[FIRST].status = [500, 503, 429, 200]
-    server.faults[SECOND].stall_s = [1.0]
     expect_copy(get(server, tmp_path).folder, WANTED)
-    assert len(server.gets(FIRST)) == 4 and len(server.gets(SECOND)) == 2
+    assert len(server.gets(FIRST)) == 4
+
+
+def test_a_server_that_says_nothing_is_asked_again(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    server.faults[SECOND].stall_s = [3.0]
+    expect_copy(get(server, tmp_path).folder, WANTED)
+    assert len(server.gets(SECOND)) >= 2  # more where the machine is busy
 
 
 def test_a_connection_that_brings_nothing_more_is_given_up(

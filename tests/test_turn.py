@@ -16,7 +16,7 @@ def turn_of(script: str) -> Turn:
 
 
 def test_a_call_that_ends_in_end_ends_the_turn() -> None:
-    """Sampling went on after `<|end|>`, which is no stop token, and the tool's answer was made up."""
+    """Sampling went on after `<|end|>`, no stop token, and the tool's answer was made up."""
     turn = turn_of(CALL + "<|end|>" + INVENTED)
     events = list(turn.events())
     assert ToolCallDone("look", "functions.look", "{}") in events
