@@ -11,6 +11,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,13 @@ def find_compiler() -> Compiler:
     """Return the first compiler that works.
 
     Raises:
-        EmulatorError: There is none, or `$MSL_CXX` names one that does not work.
+        EmulatorError: There is none, or `$MSL_CXX` names one that does not work, or this is not
+            Linux.
     """
+    if sys.platform != "linux":
+        raise EmulatorError(
+            f"the Metal emulator runs on Linux, not on {sys.platform}; on a Mac, run on Metal"
+        )
     return _find(os.environ.get("MSL_CXX", ""), str(cache_folder()))
 
 

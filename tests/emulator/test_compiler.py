@@ -37,6 +37,14 @@ def test_finds_one_here() -> None:
     assert "clang" in found.version
 
 
+def test_only_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(
+        EmulatorError, match="emulator runs on Linux, not on darwin; on a Mac, run on Metal"
+    ):
+        find_compiler()
+
+
 def test_no_clang_says_how_to_get_one(bare: Path) -> None:
     wanted = r"no clang for the Metal emulator; install one with `pip install ziglang` .* or "
     wanted += r"`apt-get install clang-19`, or set MSL_CXX to a clang\+\+ of version 18 or newer"

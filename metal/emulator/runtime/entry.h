@@ -1,6 +1,6 @@
 // The launch from Python's side: buffers become regions, faults become findings.
 #pragma once
-#include <ucontext.h>
+#include <signal.h>
 
 #include "hooks.h"
 
@@ -29,7 +29,9 @@ static void on_signal(int number, siginfo_t* info, void* context) {
   for (Region& r : state.buffers)
     if (address + GUARD / 2 >= r.base && address < r.base + r.size + GUARD / 2) near = &r;
   char* stack = state.current->stack;
-  if (near)
+  if (number == SIGILL || number == SIGTRAP)  // what -fsanitize=local-bounds executes
+    report(ARRAY_INDEX, at_pc(pc, -1), "access outside an array of the thread, or a constant table");
+  else if (near)
     report(OUT_OF_BOUNDS, at_pc(pc, near->buffer), "access at byte %lld of buffer '%s', which has %llu bytes",
            (long long)(address - near->base), near->name, (unsigned long long)near->size);
   else if (address - (uint64_t)stack < STACK_GUARD)
@@ -105,14 +107,13 @@ extern "C" const EmuResult* emu_run(const EmuLaunch* launch) {
   own_stack.ss_sp = signal_stack;
   own_stack.ss_size = sizeof signal_stack;
   sigaltstack(&own_stack, &old_stack);
-  struct sigaction action = {}, old_segv, old_bus;
+  constexpr int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+  struct sigaction action = {}, old_actions[4];
   action.sa_sigaction = on_signal;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-  sigaction(SIGSEGV, &action, &old_segv);
-  sigaction(SIGBUS, &action, &old_bus);
+  for (int i = 0; i < 4; i++) sigaction(signals[i], &action, &old_actions[i]);
   run_threadgroups();
-  sigaction(SIGSEGV, &old_segv, nullptr);
-  sigaction(SIGBUS, &old_bus, nullptr);
+  for (int i = 0; i < 4; i++) sigaction(signals[i], &old_actions[i], nullptr);
   sigaltstack(&old_stack, nullptr);
 
   release_buffers();

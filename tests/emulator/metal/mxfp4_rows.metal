@@ -8,7 +8,12 @@ inline float fp4(uint code) {
   float magnitude = float(as_type<half>(ushort((code & 7) << 9)) * 16384.0h);
   return code & 8 ? -magnitude : magnitude;
 }
+// For mutants: a helper of one address space, one that writes an array of the thread, a table.
 inline float first(const device float* p) { return p[0]; }
+inline void fill(thread float* p, uint n) {
+  for (uint i = 0; i < n; i++) p[i] = 0;
+}
+constant float NONE[4] = {0, 0, 0, 0};
 
 kernel void mxfp4_rows(const device uint* w [[buffer(0)]], const device uchar* scales [[buffer(1)]],
                        const device float* x [[buffer(2)]], const device float* bias [[buffer(3)]],
