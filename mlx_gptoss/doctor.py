@@ -20,7 +20,7 @@ from mlx_gptoss._version import __version__
 from mlx_gptoss.chips import GIB
 from mlx_gptoss.config import GPT_OSS_20B
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.library import model_store
+from mlx_gptoss.library import kernel_record, model_store
 from mlx_gptoss.machine import Machine
 from mlx_gptoss.plan import MemoryPlan, Verdict, dense_quantization, judge
 
@@ -222,7 +222,30 @@ def _power(machine: Machine) -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    yield Finding(name="kernels", value="none of ours in this version: MLX's operations are used")
+    """Each kernel, at the 20b's widths; the outcome is kept for the models loaded later."""
+    import mlx.core as mx
+
+    from mlx_gptoss.kernels.selection import NO_METAL, choose_kernels, sizes_of
+
+    if not mx.metal.is_available():
+        yield Finding(name="kernels", value=f"MLX's operations run instead: {NO_METAL}")
+        return
+    chosen = choose_kernels(
+        "auto",
+        sizes_of(GPT_OSS_20B),
+        dtype=mx.bfloat16,
+        dense="plain",
+        expert_input_bound=0,
+        record=kernel_record(),
+    )
+    yield Finding(name="kernels", value=f"{len(chosen.used)} of {len(chosen.functions)} are used")
+    for stem, reason in chosen.fallbacks.items():
+        yield Finding(
+            name="kernels",
+            value=f"{stem} runs as plain MLX: {reason}",
+            status=Status.NOTE,
+            advice="report this line with the output of `mlx-gptoss doctor --json`",
+        )
 
 
 def _disk() -> Iterator[Finding]:

@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_gptoss.cache import ModelCache
+from mlx_gptoss.decode import Decoder
 from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.model import Model
 from mlx_gptoss.pacing import TARGET_S, ChunkPacer
-from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
+from mlx_gptoss.sampling import SamplingParams, SamplingRows
+from mlx_gptoss.steps import KernelSteps, ModelSteps
 
 MOST_AT_ONCE = 16  # generations of one engine that may take turns
 PREFILL_CHUNK = 512  # tokens at most; bounds the memory of a long prompt
@@ -92,10 +94,20 @@ class Engine:
         self.model = model
         self.pacer = ChunkPacer(prefill_chunk, target_s=chunk_target_s)
         self.allowed = mx.array(allowed.tolist())
+        self._decoder: Decoder | None = None
         # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
         # here until later work has been waited for, so that its buffers are not given away. Each
         # generation drops one at most, and the next one waits for its prompt.
         self.dropped: deque[mx.array] = deque(maxlen=MOST_AT_ONCE)
+
+    def steps(self, cache: ModelCache, sampling: SamplingParams) -> KernelSteps | None:
+        """Steps made of kernels; None where no kernel is used, or none samples in this way."""
+        kernels = self.model.kernels
+        if not kernels.used or not KernelSteps.can_sample(sampling):
+            return None
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, kernels=kernels, allowed=self.allowed)
+        return KernelSteps(self._decoder, cache, sampling=sampling)
 
     def generate(
         self,
@@ -240,14 +252,18 @@ class Generation(Iterator[int]):
 
     def _run(self) -> Generator[int, None, None]:
         """Feed the prompt, then stay one step ahead until a reason to stop."""
-        token, kept = self._choose(self._prefill()), self.cache.snapshot()
-        ahead: mx.array | None = None
+        logits = self._prefill()
+        first = ModelSteps(
+            self._engine.model, self.cache, rows=self._rows, allowed=self._engine.allowed
+        )
+        token, ahead = first.choose(logits), None
+        steps = self._engine.steps(self.cache, self.sampling) or first
         try:
             while True:
                 self._emitted += 1
                 full = self._emitted == self._limit
-                if not full and not self.cache.merges_next:
-                    ahead = self._step(token)  # launched before the host waits for `token`
+                if not full and not steps.merges_next:
+                    ahead = steps.take(token)  # launched before the host waits for `token`
                 chosen = int(token)
                 self._note_time()
                 if chosen in self._stop:
@@ -258,14 +274,14 @@ class Generation(Iterator[int]):
                 if self.finish:
                     return
                 if ahead is None:  # one step in 128, with nothing in flight and no snapshot held,
-                    kept = None  # so that long stores are merged in place
-                    ahead = self._step(token)
-                token, ahead, kept = ahead, None, self.cache.snapshot()
+                    steps.let_go()  # so that long stores are merged in place
+                    ahead = steps.take(token)
+                token, ahead = ahead, None
+                steps.keep()
         finally:
             if ahead is not None:
                 self._engine.dropped.append(ahead)
-            if kept is not None:
-                self.cache.restore(kept)
+            steps.end()
 
     def _prefill(self) -> mx.array:
         """Feed what is left of the prompt; (1, V) logits after its last token."""
@@ -289,17 +305,6 @@ class Generation(Iterator[int]):
     def _tell(self) -> None:
         total = len(self._prompt) - self._cached
         self._on_prefill(total - len(self._left), total)
-
-    def _step(self, token: mx.array) -> mx.array:
-        """Launch the step that follows `token`, (1,) int32, which may still be on its way."""
-        return self._choose(self._engine.model.next_logits(token[:, None], self.cache))
-
-    def _choose(self, logits: mx.array) -> mx.array:
-        """Sample the token at the cache's end and start computing it; (1,) int32."""
-        position = mx.array([self.cache.offset], dtype=mx.int32)
-        token = sample(logits, position, rows=self._rows, allowed=self._engine.allowed)
-        mx.async_eval(token, self.cache.arrays)
-        return token
 
     def _note_time(self) -> None:
         self._last_at = time.perf_counter()

@@ -8,11 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.kernels.agreement import compare
 from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import check_sizes
+from mlx_gptoss.kernels.selection import check_sizes, sizes_of
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
 
@@ -29,7 +28,7 @@ def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
         What is wrong with the kernel here; empty if it agrees.
     """
     kernel = KERNELS[stem]
-    make = Inputs(_sizes(model.config), dtype=model.dtype, dense=_dense(model))
+    make = Inputs(check_sizes(sizes_of(model.config)), dtype=model.dtype, dense=_dense(model))
     arguments = kernel.case(make)
     arguments |= {
         k: v for k, v in _weights(stem, model, layer, make.sizes).items() if k in arguments
@@ -39,21 +38,6 @@ def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
     except Exception as error:  # whatever Metal's compiler or driver says is the finding
         return f"failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return "" if worst <= 1 else f"differs by {worst:.3g} times its tolerance"
-
-
-def _sizes(c: ModelConfig) -> Sizes:
-    model = replace(
-        Sizes(),
-        hidden=c.hidden_size,
-        inter=c.intermediate_size,
-        q_heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
-        experts=c.num_local_experts,
-        chosen=c.num_experts_per_tok,
-        vocab=c.vocab_size,
-        window=c.sliding_window,
-    )
-    return check_sizes(model)
 
 
 def _dense(model: Model) -> Dense:

@@ -25,6 +25,11 @@ def model_store() -> Path:
     return Path(cache).expanduser() / "mlx-gptoss"
 
 
+def kernel_record() -> Path:
+    """The file that keeps which kernels agree with their definitions on this machine."""
+    return model_store() / "kernels.json"
+
+
 def find_model(name: str, *, cache_dir: Path | None = None) -> Path:
     """The local folder of a model.
 

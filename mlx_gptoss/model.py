@@ -16,7 +16,9 @@ from mlx_gptoss.attention import AttentionWeights, Place, attention_block, last_
 from mlx_gptoss.cache import FullCache, ModelCache, WindowCache
 from mlx_gptoss.checkpoint import Quantization, open_checkpoint
 from mlx_gptoss.config import FULL, ModelConfig
-from mlx_gptoss.errors import CacheError, KernelError
+from mlx_gptoss.errors import CacheError
+from mlx_gptoss.kernels.cases import Dense
+from mlx_gptoss.kernels.selection import Choice, all_definitions, choose_kernels, sizes_of
 from mlx_gptoss.matrix import Matrix, embed
 from mlx_gptoss.moe import MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable, softmax_scale
@@ -61,6 +63,7 @@ class Model:
         self.arrays = reader.arrays  # every weight, for mx.eval and for counting bytes
         self.rope = RopeTable.of(config)
         self.softmax_scale = softmax_scale(config)
+        self.kernels = all_definitions("none were chosen for this model")
 
     def make_cache(
         self, batch_size: int = 1, *, left_padding: Sequence[int] | None = None
@@ -265,16 +268,19 @@ class _WeightReader:
 def load_model(
     path: str | Path,
     *,
-    kernels: Literal["auto", "on", "off"] = "auto",
+    kernels: Choice = "auto",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    kernel_record: Path | None = None,
 ) -> Model:
     """Load a converted model folder, ours or mlx-lm's, into memory.
 
     Args:
         path: the folder.
-        kernels: "auto" uses our Metal kernels where they can be; "off" never; "on" insists.
+        kernels: "auto" uses the kernels that agree with their definitions here; "off" none; "on"
+            insists on all.
         dtype: of activations, keys and values; "float32" also widens dense weights, for exact
             comparison.
+        kernel_record: keeps which kernels agree on this machine; None checks at every load.
 
     Returns:
         The model, its weights evaluated.
@@ -282,15 +288,11 @@ def load_model(
     Raises:
         ConfigError: config.json is not a gpt-oss model's.
         CheckpointError: the folder is not a converted checkpoint, or is damaged.
-        KernelError: kernels are insisted on and there are none.
+        KernelError: kernels are insisted on, and one cannot be used.
         ValueError: no such option.
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels: expected one of {', '.join(KERNELS)}, got {kernels!r}")
-    if kernels == "on":
-        raise KernelError(
-            'kernels="on": this version has no Metal kernels yet; use "auto" or "off"'
-        )
     checkpoint = open_checkpoint(Path(path))
     model = Model(
         checkpoint.config,
@@ -299,4 +301,14 @@ def load_model(
         dtype=dtype,
     )
     mx.eval(model.arrays)
+    dense: dict[int | None, Dense] = {None: "plain", 8: "q8", 4: "q4"}
+    widest_norm = max(float(mx.abs(moe.norm).max()) for _, moe in model.layers)
+    model.kernels = choose_kernels(
+        kernels,
+        sizes_of(model.config),
+        dtype=model.dtype,
+        dense=dense[model.unembedding.bits],
+        expert_input_bound=model.config.hidden_size**0.5 * widest_norm,
+        record=kernel_record,
+    )
     return model

@@ -13,6 +13,7 @@ from mlx_gptoss.chips import GIB
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.doctor import Finding, Status, diagnose
+from mlx_gptoss.kernels import selection
 from mlx_gptoss.machine import Machine
 
 MAC = Machine(
@@ -36,6 +37,7 @@ def metal(monkeypatch, tmp_path):
     """MLX as if on a Mac; returns the file that stands for its Metal library."""
     import mlx.core as mx
 
+    monkeypatch.setattr(selection, "checked", lambda *_, **__: {})  # every kernel agrees
     library = tmp_path / "mlx.metallib"
     library.write_bytes(b"MTLB" + b"x" * 5000 + b"steel_gemm_fused_nax_nt" + b"y" * 99)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
@@ -152,3 +154,15 @@ def test_a_problem_is_exit_1(monkeypatch):
     monkeypatch.setattr(doctor, "diagnose", lambda machine: problem)
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1 and "PROBLEM x" in result.output
+
+
+def test_kernels_are_named_with_their_reasons(metal, monkeypatch):
+    reasons = {"route": "it failed: no library", "embed": "it differs by 9 times the tolerance"}
+    monkeypatch.setattr(selection, "checked", lambda *_, **__: reasons)
+    found = [f for f in diagnose(MAC) if f.name == "kernels"]
+    assert [f.value for f in found] == [
+        "9 of 11 are used",
+        "route runs as plain MLX: it failed: no library",
+        "embed runs as plain MLX: it differs by 9 times the tolerance",
+    ]
+    assert all(f.advice and "report this line" in f.advice for f in found[1:])

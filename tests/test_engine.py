@@ -14,6 +14,7 @@ from weights import tiny_model
 from mlx_gptoss.cache import FullCache
 from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.sampling import SamplingParams
 
 V, CONTEXT = 53, 400
@@ -49,6 +50,7 @@ class HashModel:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab_size=V, max_position_embeddings=CONTEXT)
+        self.kernels = all_definitions("a stand-in has none")
         self.fed: list[int] = []  # tokens per call
 
     def make_cache(self) -> HashCache:

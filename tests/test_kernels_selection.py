@@ -20,8 +20,12 @@ from mlx_gptoss.metal.emulator import emulate
 SIZES = Sizes(hidden=128, inter=96, vocab=128, capacity=64, base=50, slot=5, rows=32)
 
 
-def choose(choice: Any, record: Path | None = None) -> KernelSet:
-    return choose_kernels(choice, SIZES, dtype=mx.float32, dense="plain", record=record)
+def choose(
+    choice: Any, record: Path | None = None, *, dtype: mx.Dtype = mx.float32, bound: float = 1e6
+) -> KernelSet:
+    return choose_kernels(
+        choice, SIZES, dtype=dtype, dense="plain", expert_input_bound=bound, record=record
+    )
 
 
 @pytest.fixture
@@ -106,6 +110,16 @@ def test_a_record_that_cannot_be_kept_is_a_warning(
     (tmp_path / "file").write_text("")
     assert not choose("auto", tmp_path / "file" / "kernels.json").fallbacks
     assert "cannot keep the outcome of the kernel check" in caplog.text
+
+
+@pytest.mark.usefixtures("metal")
+def test_inputs_that_float16_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm with huge weights: the kernel that keeps its inputs as float16 is not used."""
+    monkeypatch.setattr(selection, "disagreement", lambda *_, **__: "")
+    assert not choose("auto", dtype=mx.bfloat16, bound=65503).fallbacks
+    found = choose("auto", dtype=mx.bfloat16, bound=70000).fallbacks
+    reason = "its inputs may reach 70000, which is beyond float16"
+    assert found == {"experts_swiglu": reason}
 
 
 def test_without_metal() -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     ["model", "unpack"],
     ["decode"],
     ["demo", "hub"],
+    ["steps"],
     ["engine"],
     ["library", "model_info"],
     ["harmony", "plan", "transcripts", "routes", "kernel_faults"],

@@ -153,13 +153,14 @@ def _sampling(
 
 def _load(name: str) -> "tuple[Engine, float]":
     """The engine of a model, and how long loading took."""
-    from mlx_gptoss.library import find_model
+    from mlx_gptoss.library import find_model, kernel_record
     from mlx_gptoss.model import load_model
     from mlx_gptoss.turn import harmony_engine
 
     folder = find_model(name)
     began = time.perf_counter()
-    return harmony_engine(load_model(folder)), time.perf_counter() - began
+    model = load_model(folder, kernel_record=kernel_record())
+    return harmony_engine(model), time.perf_counter() - began
 
 
 def _render(text: str, *, system: str | None, reasoning: str) -> list[int]:

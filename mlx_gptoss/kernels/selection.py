@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.errors import KernelError
 from mlx_gptoss.kernels.agreement import agrees
 from mlx_gptoss.kernels.cases import Dense, Sizes
@@ -27,6 +28,7 @@ from mlx_gptoss.kernels.registry import KERNELS, Kernel
 log = logging.getLogger("mlx_gptoss")
 
 Choice = Literal["auto", "on", "off"]
+FLOAT16_LARGEST = 65504  # experts_swiglu keeps 16-bit inputs as float16
 NO_METAL = "this machine has no Metal device"
 
 
@@ -41,6 +43,11 @@ class KernelSet:
 
     functions: Mapping[str, Callable[..., Any]]
     fallbacks: Mapping[str, str]
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Stems that run their kernel."""
+        return tuple(stem for stem in self.functions if stem not in self.fallbacks)
 
     def __getattr__(self, stem: str) -> Callable[..., Any]:
         try:
@@ -69,7 +76,13 @@ def all_definitions(reason: str) -> KernelSet:
 
 
 def choose_kernels(
-    choice: Choice, sizes: Sizes, *, dtype: mx.Dtype, dense: Dense, record: Path | None
+    choice: Choice,
+    sizes: Sizes,
+    *,
+    dtype: mx.Dtype,
+    dense: Dense,
+    expert_input_bound: float,
+    record: Path | None,
 ) -> KernelSet:
     """The kernels for a model on this machine.
 
@@ -79,6 +92,7 @@ def choose_kernels(
         sizes: of the model; see `check_sizes`.
         dtype: of activations.
         dense: how the model's dense matrices are stored.
+        expert_input_bound: what the experts' inputs cannot exceed, given the norm before them.
         record: file of earlier outcomes; None checks every time.
 
     Raises:
@@ -90,13 +104,32 @@ def choose_kernels(
         if choice == "on":
             raise KernelError(f'kernels="on": {NO_METAL}; use "auto" or "off"')
         return all_definitions(NO_METAL)
-    chosen = KernelSet.of(checked(sizes, dtype=dtype, dense=dense, record=record))
+    fallbacks = checked(sizes, dtype=dtype, dense=dense, record=record)
+    if dtype != mx.float32 and expert_input_bound >= FLOAT16_LARGEST:
+        reason = f"its inputs may reach {expert_input_bound:.0f}, which is beyond float16"
+        fallbacks = {**fallbacks, "experts_swiglu": reason}
+    chosen = KernelSet.of(fallbacks)
     if chosen.fallbacks:
         text = "; ".join(f"{stem}: {why}" for stem, why in chosen.fallbacks.items())
         if choice == "on":
             raise KernelError(f'kernels="on": {text}; use "auto" to run these without a kernel')
         log.warning("kernels that run as plain MLX here: %s", text)
     return chosen
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    """The sizes of a model, with the cache of a case."""
+    return replace(
+        Sizes(),
+        hidden=config.hidden_size,
+        inter=config.intermediate_size,
+        q_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        experts=config.num_local_experts,
+        chosen=config.num_experts_per_tok,
+        vocab=config.vocab_size,
+        window=config.sliding_window,
+    )
 
 
 def check_sizes(sizes: Sizes) -> Sizes:

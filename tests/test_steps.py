@@ -1,0 +1,102 @@
+"""The engine gives the same tokens and leaves the same cache whichever way it takes its steps."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import TinyShape
+from weights import tiny_model
+
+from mlx_gptoss.decode import ROWS
+from mlx_gptoss.engine import Engine, Finish
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import KernelSet, all_kernels
+from mlx_gptoss.metal.emulator import emulate
+from mlx_gptoss.sampling import SamplingParams
+
+VOCAB = 320
+ALLOWED = np.arange(VOCAB) % 7 != 3
+PROMPT = [int(t) for t in np.random.default_rng(0).integers(0, VOCAB, 90)]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def engine(kernels: KernelSet | None = None) -> Engine:
+    model = tiny_model(
+        TinyShape(
+            layers=2, hidden=96, inter=32, q_heads=8, kv_heads=2, experts=8, chosen=3, vocab=VOCAB
+        )
+    )
+    model.kernels = kernels or model.kernels
+    return Engine(model, allowed=ALLOWED)
+
+
+def definitions_as_kernels() -> KernelSet:
+    """Definitions that count as kernels, so that the compiled step is taken without an emulator."""
+    return KernelSet({stem: kernel.define for stem, kernel in KERNELS.items()}, {})
+
+
+SAMPLINGS = [SamplingParams(temperature=0), SamplingParams(temperature=0.9, seed=2**40 + 7)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_same_tokens_across_a_merge(sampling: SamplingParams) -> None:
+    count = ROWS + 20
+    plain = list(engine().generate(PROMPT, sampling=sampling, max_tokens=count))
+    step = engine(definitions_as_kernels())
+    assert list(step.generate(PROMPT, sampling=sampling, max_tokens=count)) == plain
+    assert step._decoder is not None
+    assert step._decoder.traces == count - 1  # one step for each token but the first
+
+
+@pytest.mark.parametrize("count", [1, 2, ROWS, ROWS + 1, ROWS + 2])
+def test_a_stop_leaves_the_cache_of_the_tokens_fed(count: int) -> None:
+    """The next turn, which goes on from that cache, is the same too; also around the merge."""
+    turns = []
+    for one in (engine(), engine(definitions_as_kernels())):
+        first = one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=ROWS + 9)
+        taken = [next(first) for _ in range(count)]
+        first.close()
+        assert first.finish is Finish.CANCELLED
+        assert first.cache.offset == len(PROMPT) + count - 1
+        text = [*PROMPT, *taken, 5, 6]
+        second = one.generate(text, sampling=SAMPLINGS[0], max_tokens=12, cache=first.cache)
+        turns.append((taken, list(second)))
+    assert turns[0] == turns[1]
+
+
+def test_a_stop_token_forgets_the_step_ahead() -> None:
+    plain = list(engine().generate(PROMPT, sampling=SAMPLINGS[0], max_tokens=30))
+    stop = plain[-1]
+    one = engine(definitions_as_kernels())
+    generation = one.generate(PROMPT, sampling=SAMPLINGS[0], stop=[stop], max_tokens=60)
+    found = list(generation)
+    assert found == plain[: plain.index(stop) + 1]
+    assert generation.finish is Finish.STOP
+    assert generation.cache.offset == len(PROMPT) + len(found) - 1
+
+
+def test_other_ways_to_sample_take_the_models_own_steps() -> None:
+    one = engine(definitions_as_kernels())
+    for sampling in (
+        SamplingParams(top_k=5, seed=1),
+        SamplingParams(top_p=0.9, seed=1),
+        SamplingParams(min_p=0.1, seed=1),
+    ):
+        expected = list(engine().generate(PROMPT, sampling=sampling, max_tokens=5))
+        assert list(one.generate(PROMPT, sampling=sampling, max_tokens=5)) == expected
+    assert one._decoder is None
+
+
+def test_an_engine_of_emulated_kernels() -> None:
+    expected = list(engine().generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=8))
+    with emulate(mode="plain") as session:
+        one = engine(all_kernels())
+        assert list(one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=8)) == expected
+    assert len(session.reports) == 7 * (6 + 7 + 3)
