@@ -161,7 +161,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--size", choices=["mini", "full20b"], default="full20b")
+    parser.add_argument("--size", choices=["mini", "full20b", "finetune"], default="full20b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dense", choices=["bf16", "q8", "q4"], nargs="+", default=["bf16"])
     arguments = parser.parse_args()

@@ -1,9 +1,10 @@
 """Write a checkpoint with random weights in the exact layout of openai/gpt-oss-20b.
 
-    python benchmarks/make_checkpoint.py FOLDER --size mini|full20b [--seed 0]
+    python benchmarks/make_checkpoint.py FOLDER --size mini|full20b|finetune [--seed 0]
 
 `full20b` has the 459 tensors and 13,761,264,768 bytes of the published one; `mini` is its first two
-layers with the whole vocabulary (3.3 GB). Weights are made and written 16 MB at a time. They are
+layers with the whole vocabulary (3.3 GB); `finetune` its first layer with bfloat16 experts, as
+fine-tunes are saved (4.0 GB). Weights are made and written 16 MB at a time. They are
 random but tame: activations, router and attention logits have the spread of a real model's, and a
 few per cent of the expert units pass the swiglu limit.
 """
@@ -19,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from mlx_gptoss.config import GPT_OSS_20B, ModelConfig, alternating_layer_types
-from mlx_gptoss.convert.names import Layout, source_tensors
+from mlx_gptoss.convert.names import Layout, dense_expert_spec, source_tensors
 from mlx_gptoss.weight_files import INDEX, TensorSpec, safetensors_header
 
-LAYERS = {"mini": 2, "full20b": 24}
+LAYERS = {"mini": 2, "full20b": 24, "finetune": 1}
 SHARDS = 3
 CHUNK = 1 << 23  # weights made at a time
 E2M1_RMS = 2.93  # of the 16 code values, all equally frequent
@@ -35,8 +36,8 @@ WIDE = {
     "o_proj.weight": 1.5,
     "router.weight": 1.5,
     "lm_head.weight": 2.0,
-    "gate_up_proj_scales": 3.0,
-    "down_proj_scales": 0.25,
+    "gate_up_proj": 3.0,
+    "down_proj": 0.25,
 }
 NARROW = {
     "embed_tokens.weight": 1.0,
@@ -61,6 +62,8 @@ def make_checkpoint(folder: Path, *, size: str, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(size)
     tensors = source_tensors(config, Layout.HUGGING_FACE)
+    if size == "finetune":
+        tensors = with_dense_experts(tensors)
     weight_map = {}
     for n, shard in enumerate(split(tensors)):
         name = f"model-{n:05d}-of-{SHARDS - 1:05d}.safetensors"  # zero-based, as published
@@ -73,9 +76,19 @@ def make_checkpoint(folder: Path, *, size: str, seed: int = 0) -> None:
         weight_map |= dict.fromkeys(shard, name)
     total = sum(spec.nbytes for spec in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    extra = {"eos_token_id": 200002, "pad_token_id": 199999}
-    quantization = {"quantization_config": {"quant_method": "mxfp4"}}
-    write_json(folder / "config.json", config.to_json() | extra | quantization)
+    extra: dict[str, object] = {"eos_token_id": 200002, "pad_token_id": 199999}
+    if size != "finetune":
+        extra |= {"quantization_config": {"quant_method": "mxfp4"}}
+    write_json(folder / "config.json", config.to_json() | extra)
+
+
+def with_dense_experts(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The same tensors, with bfloat16 ones instead of MXFP4 blocks and scales."""
+    return {
+        name.removesuffix("_blocks"): dense_expert_spec(spec) if name.endswith("_blocks") else spec
+        for name, spec in tensors.items()
+        if not name.endswith("_scales")
+    }
 
 
 def split(tensors: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
@@ -111,11 +124,14 @@ def distribution(
         return None
     if name.endswith("_scales"):
         inputs = config.hidden_size if "gate_up" in name else config.intermediate_size
-        scale = spread(name, WIDE) / math.sqrt(inputs) / E2M1_RMS
+        scale = spread(name.removesuffix("_scales"), WIDE) / math.sqrt(inputs) / E2M1_RMS
         jitter = rng.choice(np.array([-1, 0, 0, 0, 0, 0, 1]), 1 << 16)
         return (jitter + 127 + round(math.log2(scale))).astype(np.uint8)
-    wide = name.endswith(tuple(WIDE))
-    std = spread(name, WIDE) / math.sqrt(spec.shape[-1]) if wide else spread(name, NARROW)
+    if name.endswith(tuple(WIDE)):
+        inputs = spec.shape[1]  # of (out, in), and of (E, in, out)
+        std = spread(name, WIDE) / math.sqrt(inputs)
+    else:
+        std = spread(name, NARROW)
     values = rng.standard_normal(1 << 16, dtype=np.float32) * np.float32(std)
     if name.endswith(ONE_CENTRED):
         values += 1

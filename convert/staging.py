@@ -95,7 +95,7 @@ def staging(target: Path, job: dict[str, Any]) -> Iterator[Staging]:
         except BaseException:
             shutil.rmtree(folder)
             raise
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # the target is there: nothing can fail now
 
 
 def clear_leftovers(target: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,17 @@ def test_finished_files_are_not_written_again(
     assert kept == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2)]
     assert hashes(target) == hashes(convert_checkpoint(source, tmp_path / "whole").target)
     assert not (tmp_path / ".mlx.converting").exists()
+
+
+def test_space_is_needed_only_for_what_is_missing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_and_die(source, tmp_path / "mlx", monkeypatch, after_files=3)
+    free = pipeline.SPARE_BYTES + 1_000_000  # the last file takes 0.4 MB, all four 3 MB
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(ConversionError, match="bytes are needed"):
+        convert_checkpoint(source, tmp_path / "other")
+    assert convert_checkpoint(source, tmp_path / "mlx").resumed_bytes > 2_000_000
 
 
 def test_a_torn_journal_line_is_not_believed(
