@@ -152,6 +152,12 @@ def test_only_the_dense_matrices_are_quantised(
     assert checkpoint.quantization_of("lm_head") == packed
     assert checkpoint.quantization_of(f"{layer}.mlp.router") is None
     assert checkpoint.quantization_of(f"{layer}.mlp.experts.up_proj") == MXFP4
+    stated = json.loads((report.target / "config.json").read_text())["quantization"]
+    assert stated.pop("lm_head") == {"group_size": 64, "bits": bits, "mode": "affine"}
+    assert stated.pop("model.embed_tokens") == {"group_size": 64, "bits": bits, "mode": "affine"}
+    assert {name for name in stated if "." in name} == {
+        f"model.layers.{n}.self_attn.{x}_proj" for n in range(LAYERS) for x in "qkvo"
+    }
     assert report.errors is not None
     bounds = {error.kind: error for error in report.errors}
     assert 0 < bounds["attention"].relative_error <= bounds["attention"].bound == 0.5001
