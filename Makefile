@@ -5,12 +5,13 @@ PY := $(VENV)/bin/python
 RUNTIME := $(VENV)/.runtime-installed
 TOOLS := $(VENV)/.tools-installed
 
-.PHONY: help setup demo test lint check clean
+.PHONY: help setup demo test test-metal lint check doctor verify-demo bench-demo clean
 help:
 	@echo "make demo   convert the demo checkpoint and ask it a question"
 	@echo "make test   run the whole test suite"
 	@echo "make lint   ruff and the type checker"
 	@echo "make check  lint and test: what continuous integration runs"
+	@echo "make doctor, test-metal, verify-demo, bench-demo  what it runs on a Mac besides"
 	@echo "make clean  remove the environment and build products"
 
 $(RUNTIME): pyproject.toml
@@ -39,6 +40,18 @@ lint: $(TOOLS)
 	$(PY) -m basedpyright --pythonpath $(PY) --warnings
 
 check: lint test
+
+test-metal: $(TOOLS)  # on the GPU of a Mac; elsewhere each test says why it is skipped
+	$(PY) -m pytest -m metal
+
+doctor: $(RUNTIME)  # describes the machine; what it advises is no failure here
+	-$(VENV)/bin/mlx-gptoss doctor
+
+verify-demo: $(RUNTIME)
+	$(VENV)/bin/mlx-gptoss verify demo
+
+bench-demo: $(RUNTIME)
+	$(VENV)/bin/mlx-gptoss bench demo --depths 64,256 --answer 16 --save build/bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -294,6 +294,8 @@ def _model(name: str, folder: Path) -> Finding | None:
     """What a folder holds; None if it is no gpt-oss model at all."""
     from mlx_gptoss.checkpoint import open_checkpoint
 
+    if "/" not in name and not (folder / "config.json").is_file():
+        return None  # the store holds other things too; what the hub names gpt-oss should be one
     try:
         if json.loads((folder / "config.json").read_text()).get("model_type") != "gpt_oss":
             return None

@@ -119,6 +119,7 @@ def test_models_of_the_store_and_of_the_hub_cache(tmp_path, isolated_home):
     (snapshots / "abc" / "mlx_gptoss.json").unlink()
     write_checkpoint(hub / "models--openai--gpt-oss-20b" / "snapshots" / "def", layers=2)
     (hub / "models--someone--gpt-oss-broken" / "snapshots" / "0").mkdir(parents=True)
+    (store / "emulator").mkdir()
     (hub / "models--someone--llama" / "snapshots" / "1").mkdir(parents=True)
     found = [f for f in diagnose(MAC, hub_cache=hub) if f.name == "model"]
     assert [f.value.split(":")[0] for f in found] == [
