@@ -3,8 +3,7 @@
 gpt-oss has few shapes, so weights and K,V are counted exactly, tensor by tensor and position by
 position. Only the scratch memory of a prompt's chunk is an estimate, with coefficients measured on
 the CPU and checked against `mx.get_peak_memory` in the tests. On Metal no peak has been measured:
-there activations are half as wide and full attention holds no scores, so the same coefficients are
-meant as an upper bound.
+activations are half as wide there, so its coefficients are meant as an upper bound.
 
 A plan knows no machine; `judge` holds it against a limit, and `options` says what would fit.
 """
@@ -29,14 +28,34 @@ BF16 = 2  # bytes
 F32 = 4
 MIB = 2**20
 
-# Measured with `mx.get_peak_memory` on models of 64 to 2880 columns and chunks of 256 and 512: MLX
-# runs ahead of its workers, so nearly all arrays of a block are alive together.
-MOE_BYTES_PER_HIDDEN = 39  # for each (token, expert) pair and each of D columns
-MOE_BYTES_PER_INTER = 32  # the same for each of H columns
-BLOCK_BYTES_PER_HIDDEN = 9  # for each token and each of D columns: the residual stream
-WINDOW_SCORES = 4.5  # float32 score arrays alive in a sliding layer
-FULL_SCORES = 3.1  # the same in a full layer on the CPU, for each block of QUERY_BLOCK queries;
-FULL_SCORES_MOST = 15  # blocks of one chunk are computed together, up to so many arrays
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Bytes alive while a chunk is computed, as multiples of the arrays of its largest block.
+
+    MLX runs ahead of its workers, so nearly all arrays of a block are alive together.
+
+    Attributes:
+        hidden: for each (token, expert) pair and each of D columns.
+        inter: the same for each of H columns.
+        window: float32 score arrays of a sliding layer.
+        full: the same of a full layer, for each block of `QUERY_BLOCK` queries.
+        full_most: of a whole chunk, whose blocks are computed together up to here.
+    """
+
+    hidden: float
+    inter: float
+    window: float
+    full: float
+    full_most: float
+
+
+# Measured with `mx.get_peak_memory` on the CPU, on models of 64 to 2880 columns, chunks of 128 to
+# 512 tokens. The CPU takes experts in blocks of 32 tokens. Metal takes them all together, as the
+# CPU did when its row was measured, and its fused attention holds no scores in full layers.
+ON_CPU = Scratch(hidden=14.2, inter=17.4, window=3.7, full=2.2, full_most=9)
+ON_METAL = Scratch(hidden=39, inter=32, window=4.5, full=0, full_most=0)
+STREAM_BYTES_PER_HIDDEN = 9  # for each token and each of D columns: the residual stream
 LOGIT_ARRAYS = 5  # float32 arrays of V while a token is sampled
 
 
@@ -75,10 +94,7 @@ def weight_bytes(config: ModelConfig, packing: Mapping[str, Quantization]) -> di
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What one model with one batch of contexts needs; every figure is in bytes.
-
-    `fused_attention` is True for Metal, where full attention holds no scores.
-    """
+    """What one model with one batch of contexts needs; every figure is in bytes."""
 
     config: ModelConfig
     packing: Mapping[str, Quantization] = field(repr=False)
@@ -86,7 +102,7 @@ class MemoryPlan:
     batch: int = 1
     chunk: int = PREFILL_CHUNK
     snapshots: int = 0
-    fused_attention: bool = True
+    scratch: Scratch = ON_METAL
 
     def __post_init__(self):
         most = self.config.max_position_embeddings
@@ -135,26 +151,21 @@ class MemoryPlan:
     def prefill_bytes(self) -> int:
         """Scratch of the last chunk: its largest block, and a store's growth."""
         c, tokens = self.config, self.batch * min(self.chunk, self.context)
-        pairs = tokens * c.num_experts_per_tok
-        experts = pairs * (
-            MOE_BYTES_PER_HIDDEN * c.hidden_size + MOE_BYTES_PER_INTER * c.intermediate_size
-        )
-        scores = F32 * c.num_attention_heads
-        window = int(WINDOW_SCORES * tokens * 2 * c.sliding_window * scores)
-        full = 0 if self.fused_attention else self._full_score_bytes
-        stream = BLOCK_BYTES_PER_HIDDEN * tokens * c.hidden_size
+        pairs, held = tokens * c.num_experts_per_tok, self.scratch
+        experts = pairs * (held.hidden * c.hidden_size + held.inter * c.intermediate_size)
+        window = held.window * tokens * 2 * c.sliding_window * F32 * c.num_attention_heads
+        stream = STREAM_BYTES_PER_HIDDEN * tokens * c.hidden_size
         growth = self.batch * self.row_bytes * capacity(self.context, self.chunk)
-        return max(experts, window, full) + stream + growth
+        return int(max(experts, window, self._full_score_bytes)) + stream + growth
 
     @property
-    def _full_score_bytes(self) -> int:
+    def _full_score_bytes(self) -> float:
         """Scores of the last chunk in a full layer, where they are held: on the CPU."""
         tokens = min(self.chunk, self.context)
         ends = range(self.context - tokens + QUERY_BLOCK, self.context + 1, QUERY_BLOCK)
-        keys = FULL_SCORES * sum(ends) + self.context
-        keys = min(keys, FULL_SCORES_MOST * self.context)
+        keys = min(self.scratch.full * sum(ends), self.scratch.full_most * self.context)
         queries = self.batch * min(QUERY_BLOCK, tokens)
-        return int(keys * queries * self.config.num_attention_heads * F32)
+        return keys * queries * self.config.num_attention_heads * F32
 
     @property
     def decode_bytes(self) -> int:

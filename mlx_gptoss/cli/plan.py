@@ -54,7 +54,7 @@ def plan(
 
     20b and 120b need no files: their sizes are known. Exit 1 if it fits nowhere that was asked for.
     """
-    from mlx_gptoss.plan import MemoryPlan, Verdict, judge
+    from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan, Verdict, judge
 
     config, packing = _sizes(model, dense)
     machines = _machines(memory, chip)
@@ -63,7 +63,7 @@ def plan(
         packing=packing,
         context=context or min(DEFAULT_CONTEXT, config.max_position_embeddings),
         batch=batch,
-        fused_attention=all(mac for _, _, _, mac in machines),
+        scratch=ON_METAL if all(mac for _, _, _, mac in machines) else ON_CPU,
     )
     judged = [
         (label, judge(wanted, limit_bytes=limit, memory_bytes=memory_bytes if mac else None))
