@@ -12,7 +12,7 @@ from mlx_gptoss.metal.emulator import ptx
 from mlx_gptoss.metal.emulator.buffer import ITEM_SIZES, Buffer
 from mlx_gptoss.metal.emulator.build import Mode
 from mlx_gptoss.metal.emulator.launch import Kernel, KernelFault, Order
-from mlx_gptoss.metal.emulator.report import CHECKS, Report
+from mlx_gptoss.metal.emulator.report import ALLOWABLE, Report
 from mlx_gptoss.metal.emulator.source import read_metal
 from mlx_gptoss.metal.emulator.strict import check_strict
 
@@ -71,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--constant", type=_constant, action="append", default=[], metavar="NAME=VALUE",
         help="a function constant")  # fmt: skip
     add("--include", type=Path, action="append", default=[], metavar="DIR", help="of #include")
-    add("--allow", choices=CHECKS, action="append", default=[], help="a check that does not count")
+    add(
+        "--allow",
+        choices=sorted(ALLOWABLE),
+        action="append",
+        default=[],
+        help="a check that does not count",
+    )
     add("--strict", action="store_true", help="check address spaces first")
     add("--ptx", action="store_true", help="print registers and instructions of NVIDIA's back end")
     add("--json", action="store_true", help="print the reports as JSON, one a line")

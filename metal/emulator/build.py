@@ -42,6 +42,7 @@ _DIAGNOSTICS = (
 )  # fmt: skip
 _KERNEL = (
     "-O2", "-gline-tables-only", "-gdwarf-4", *_DIAGNOSTICS,
+    "-fstack-clash-protection",  # a large array cannot step over the guard of a thread's stack
     # Metal has no double: literals are float, 16-bit arithmetic rounds at every step.
     "-cl-single-precision-constant", "-Xclang", "-fbfloat16-excess-precision=none",
     "-Xclang", "-ffloat16-excess-precision=none", "-ffp-contract=on", "-fno-math-errno",

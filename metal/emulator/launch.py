@@ -14,7 +14,7 @@ from mlx_gptoss.metal.emulator import runtime
 from mlx_gptoss.metal.emulator.buffer import Buffer
 from mlx_gptoss.metal.emulator.build import Mode, build_kernel
 from mlx_gptoss.metal.emulator.collect import collect
-from mlx_gptoss.metal.emulator.report import CHECKS, Finding, Report
+from mlx_gptoss.metal.emulator.report import ALLOWABLE, CHECKS, Finding, Report
 from mlx_gptoss.metal.emulator.signature import Parameter, entry_point, parameters_of
 from mlx_gptoss.metal.emulator.source import (
     arena_variable,
@@ -113,13 +113,15 @@ class Kernel:
             order: In which threads, simdgroups and threadgroups take their turns.
             threadgroups: Run only so many, evenly spread over the grid; None runs all.
             threadgroup_bytes: Sizes of the `[[threadgroup(n)]]` arguments by n.
-            allow: Checks that do not count, names of `CHECKS`.
+            allow: Checks that do not count, names of `ALLOWABLE`.
 
         Raises:
             KernelFault: The kernel did what Metal does not allow.
             EmulatorError: A buffer is missing or does not fit its parameter.
             ValueError: An argument makes no sense.
         """
+        if min(*grid, *threadgroup) < 1:
+            raise ValueError(f"grid {grid}, threadgroup {threadgroup}: sizes start at 1")
         bound = self._bind(buffers)
         total = prod(-(-g // t) for g, t in zip(grid, threadgroup, strict=True))
         report = Report(self.name, self.mode.value, order, grid, threadgroup, total)
@@ -178,22 +180,16 @@ class Kernel:
         threadgroup_bytes: Mapping[int, int],
         allowed: int,
     ) -> None:
-        records = (runtime.BufferRecord * max(1, len(bound)))()
         table = (ctypes.c_void_p * (max((p.index for p in self.buffers), default=0) + 1))()
+        records = (runtime.BufferRecord * max(1, len(bound)))()
         views = []
-        for record, (index, (parameter, buffer, writable)) in zip(
-            records, bound.items(), strict=False
-        ):
-            size = buffer.data.nbytes
-            address = runtime.allocate(size)
-            table[index] = address
-            flags = runtime.WRITABLE * writable | runtime.INITIALISED * buffer.initialised
-            record.base, record.size, record.flags = address, size, flags
-            record.name = parameter.name.encode()
-            view = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-            view[:] = buffer.data
+        for number, (index, (parameter, buffer, writable)) in enumerate(bound.items()):
+            records[number], view = _place(parameter.name, buffer, writable=writable)
+            table[index] = records[number].base
             views.append((view, buffer, writable))
         sizes = [threadgroup_bytes.get(i, 0) for i in range(max(threadgroup_bytes, default=-1) + 1)]
+        instrumented = self.mode is Mode.INSTRUMENTED
+        reverse = report.order == "reverse"
         launch = runtime.LaunchRecord(
             entry=ctypes.cast(self._code.emu_entry, ctypes.c_void_p),
             grid=report.grid,
@@ -205,8 +201,7 @@ class Kernel:
             threadgroup_count=len(selected),
             buffer_count=len(bound),
             threadgroup_buffer_count=len(sizes),
-            options=runtime.INSTRUMENTED * (self.mode is Mode.INSTRUMENTED)
-            | runtime.REVERSE * (report.order == "reverse"),
+            options=runtime.INSTRUMENTED * instrumented | runtime.REVERSE * reverse,
             allowed=allowed,
         )
         started = time.perf_counter()
@@ -216,6 +211,16 @@ class Kernel:
         for view, buffer, writable in views:
             if writable:
                 buffer.data[:] = view
+
+
+def _place(name: str, buffer: Buffer, *, writable: bool) -> tuple[runtime.BufferRecord, np.ndarray]:
+    """Copy a buffer to the guarded heap; returns its record and its bytes there."""
+    size = buffer.data.nbytes
+    address = runtime.allocate(size)
+    flags = runtime.WRITABLE * writable | runtime.INITIALISED * buffer.initialised
+    view = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    view[:] = buffer.data
+    return runtime.BufferRecord(base=address, size=size, name=name.encode(), flags=flags), view
 
 
 def _select(total: int, count: int | None, order: Order) -> np.ndarray:
@@ -233,8 +238,9 @@ def _select(total: int, count: int | None, order: Order) -> np.ndarray:
 def _check_numbers(names: Iterable[str]) -> int:
     bits = 0
     for name in names:
-        if name not in CHECKS:
-            raise ValueError(f"unknown check {name!r}; there are {', '.join(CHECKS)}")
+        if name not in ALLOWABLE:
+            known = ", ".join(c for c in CHECKS if c in ALLOWABLE)
+            raise ValueError(f"check {name!r} cannot be allowed; these can: {known}")
         bits |= 1 << CHECKS.index(name)
     return bits
 

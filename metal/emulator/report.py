@@ -22,6 +22,20 @@ CHECKS = (  # the order of `Check` in runtime/launch.h, then those made in Pytho
     "too-many-threads",
 )
 
+# After these a kernel can go on; the others end it, so that nobody can allow them.
+ALLOWABLE = frozenset(
+    {
+        "uninitialised-read",
+        "threadgroup-race",
+        "device-race",
+        "lock-step",
+        "divergent-barrier",
+        "divergent-simd",
+        "misaligned",
+        "unwritten-output",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Finding:

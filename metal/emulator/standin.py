@@ -85,7 +85,7 @@ def emulate(
         mode: `Mode` or its value, "instrumented" or "plain".
         order: "forward" or "reverse".
         threadgroups: Run only so many threadgroups of each launch; outputs are then incomplete.
-        allow: Checks that do not count, names of `CHECKS`.
+        allow: Checks that do not count, names of `ALLOWABLE`.
 
     Yields:
         The session, whose `reports` grow with each launch.

@@ -138,11 +138,55 @@ def test_unbound_buffer_and_wrong_arguments() -> None:
         run(order="sideways")
     with pytest.raises(ValueError, match="threadgroups=0: expected at least 1"):
         run(threadgroups=0)
-    with pytest.raises(ValueError, match="unknown check 'luck'; there are out-of-bounds"):
+    with pytest.raises(ValueError, match="check 'luck' cannot be allowed; these can: uninit"):
         run(allow=["luck"])
+    with pytest.raises(ValueError, match="check 'out-of-bounds' cannot be allowed"):
+        run(allow=["out-of-bounds"])
+    with pytest.raises(ValueError, match=r"grid \(0, 1, 1\), threadgroup .*: sizes start at 1"):
+        run(grid=(0, 1, 1))
     with pytest.raises(EmulatorError, match="kernel 'col_sum' not found; the source has row_sum"):
         Kernel(SOURCE, "col_sum")
     with pytest.raises(ValueError, match="no buffer 'z'; there are x, y, n"):
         run()[1].traffic("z")
     with pytest.raises(ValueError, match="buffer of dtype 'float64': Metal has bool"):
         Buffer.of(np.zeros(3))
+
+
+def test_a_read_only_buffer_may_be_bound_to_a_writable_parameter() -> None:
+    y = Buffer.of(np.zeros(ROWS, np.float32), read_only=True)
+    with pytest.raises(KernelFault, match=r"row_sum.metal:14: read-only .* 'y'"):
+        run(buffers={"y": y})
+
+
+def test_a_thread_has_a_limited_stack() -> None:
+    source = """#line 1 "deep.metal"
+    kernel void deep(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+      volatile int large[40000];
+      large[i] = 3;
+      y[i] = large[i];
+    }"""
+    with pytest.raises(
+        KernelFault, match=r"kernel .deep.: the thread needs more than 114688 bytes of stack"
+    ):
+        Kernel(source, "deep")(
+            {"y": Buffer.empty((1,), "int32")}, grid=(1, 1, 1), threadgroup=(1, 1, 1)
+        )
+
+
+def test_allowed_divergence_goes_on_and_is_no_finding() -> None:
+    """Lanes that returned before a barrier, and halves that take different simd operations."""
+    source = """
+    kernel void part(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+      if (i >= 48) return;
+      int n = i % 32 < 16 ? metal::simd_sum(1) : metal::simd_max(7);
+      metal::threadgroup_barrier(metal::mem_flags::mem_none);
+      y[i] = n;
+    }"""
+    y = Buffer.empty((48,), "int32")
+    size = {"grid": (64, 1, 1), "threadgroup": (64, 1, 1)}
+    kernel = Kernel(source, "part")
+    with pytest.raises(KernelFault, match=r"divergent-simd .* reached by lanes 0000ffff"):
+        kernel({"y": y}, **size)
+    report = kernel({"y": y}, allow=["divergent-simd", "divergent-barrier"], **size)
+    assert not report.findings
+    assert y.array().tolist() == [16] * 16 + [7] * 16 + [16] * 16

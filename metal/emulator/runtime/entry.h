@@ -24,24 +24,31 @@ static void on_signal(int number, siginfo_t* info, void* context) {
     return;
   }
   uint64_t address = (uint64_t)info->si_addr;
-  uint64_t pc = fault_pc(context);
   const Region* near = nullptr;
   for (Region& r : state.buffers)
     if (address + GUARD / 2 >= r.base && address < r.base + r.size + GUARD / 2) near = &r;
   char* stack = state.current->stack;
+  Place place = at_pc(fault_pc(context), near ? near->buffer : -1);
+  // recorded whether allowed or not; the jump below ends the launch
+  auto say = [&](Check check, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    record(check, place, format, arguments);
+    va_end(arguments);
+  };
   if (number == SIGILL || number == SIGTRAP)  // what -fsanitize=local-bounds executes
-    report(ARRAY_INDEX, at_pc(pc, -1), "access outside an array of the thread, or a constant table");
+    say(ARRAY_INDEX, "access outside an array of the thread, or a constant table");
   else if (near)
-    report(OUT_OF_BOUNDS, at_pc(pc, near->buffer), "access at byte %lld of buffer '%s', which has %llu bytes",
-           (long long)(address - near->base), near->name, (unsigned long long)near->size);
+    say(OUT_OF_BOUNDS, "access at byte %lld of buffer '%s', which has %llu bytes",
+        (long long)(address - near->base), near->name, (unsigned long long)near->size);
   else if (address - (uint64_t)stack < STACK_GUARD)
-    report(INVALID_ACCESS, at_pc(pc, -1), "the thread needs more than %llu bytes of stack",
-           (unsigned long long)(STACK - STACK_GUARD));
+    say(INVALID_ACCESS, "the thread needs more than %llu bytes of stack",
+        (unsigned long long)(STACK - STACK_GUARD));
   else if (address < GUARD)
-    report(INVALID_ACCESS, at_pc(pc, -1), "null pointer: no buffer is bound there");
+    say(INVALID_ACCESS, "null pointer: no buffer is bound there");
   else
-    report(INVALID_ACCESS, at_pc(pc, -1), "access at address 0x%llx, which belongs to no buffer",
-           (unsigned long long)address);
+    say(INVALID_ACCESS, "access at address 0x%llx, which belongs to no buffer",
+        (unsigned long long)address);
   siglongjmp(state.on_fault, 1);
 }
 

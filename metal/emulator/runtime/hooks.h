@@ -19,12 +19,11 @@ static void out_of_bounds(uint64_t address, uint64_t size, AccessKind kind, Plac
     if (distance < nearest_distance) nearest = &r, nearest_distance = distance;
   }
   if (nearest) place.buffer = nearest->buffer;
-  report(OUT_OF_BOUNDS, place, "%s of %llu bytes at byte %lld of %s '%s', which has %llu bytes",
-         kind == LOAD ? "load" : "store", (unsigned long long)size,
-         nearest ? (long long)(address - nearest->base) : 0ll,
-         in_arena ? "threadgroup variable" : "buffer", nearest ? nearest->name : "(none bound)",
-         nearest ? (unsigned long long)nearest->size : 0ull);
-  stop_launch();
+  fail(OUT_OF_BOUNDS, place, "%s of %llu bytes at byte %lld of %s '%s', which has %llu bytes",
+       kind == LOAD ? "load" : "store", (unsigned long long)size,
+       nearest ? (long long)(address - nearest->base) : 0ll,
+       in_arena ? "threadgroup variable" : "buffer", nearest ? nearest->name : "(none bound)",
+       nearest ? (unsigned long long)nearest->size : 0ull);
 }
 
 static void on_access(uint64_t address, uint64_t size, AccessKind kind, uint64_t pc) {
@@ -35,11 +34,9 @@ static void on_access(uint64_t address, uint64_t size, AccessKind kind, uint64_t
   if (!region || address + size > region->base + region->size)
     return out_of_bounds(address, size, kind, place);
   uint64_t offset = address - region->base;
-  if (kind == STORE && !(region->flags & WRITABLE)) {
-    report(READ_ONLY, place, "store to byte %llu of read-only buffer '%s'",
-           (unsigned long long)offset, region->name);
-    return stop_launch();
-  }
+  if (kind == STORE && !(region->flags & WRITABLE))
+    return fail(READ_ONLY, place, "store to byte %llu of read-only buffer '%s'",
+                (unsigned long long)offset, region->name);
   if (size <= 16 && !(size & (size - 1)) && address % size)
     report(MISALIGNED, place, "%llu-byte %s at byte %llu of '%s'", (unsigned long long)size,
            kind == LOAD ? "load" : "store", (unsigned long long)offset, region->name);
@@ -109,10 +106,8 @@ void emu_atomic(const void* pointer, uint32_t size, EmuSite site) {
   Region* region = find_region(address);
   if (!region || address + size > region->base + region->size)
     return out_of_bounds(address, size, STORE, at_site(site));
-  if (!(region->flags & WRITABLE)) {
-    report(READ_ONLY, at_site(site), "atomic operation on read-only buffer '%s'", region->name);
-    return stop_launch();
-  }
+  if (!(region->flags & WRITABLE))
+    return fail(READ_ONLY, at_site(site), "atomic operation on read-only buffer '%s'", region->name);
   uint64_t offset = address - region->base;
   if (region->cells[offset].write.state == UNTOUCHED && !(region->flags & INITIALISED))
     report(UNINITIALISED, at_site(site), "atomic operation on byte %llu of '%s', which nobody wrote",
@@ -130,21 +125,19 @@ struct UbOutOfBounds {
   EmuSite site;
   UbType *array, *index;
 };
-static void undefined_behaviour(Check check, const EmuSite* site, const char* text) {
-  if (!state.current) return;
-  report(check, at_site(*site), "%s", text);
-  if (!allowed(check)) stop_launch();
-}
 static void index_out_of_bounds(UbOutOfBounds* data, uint64_t index) {
-  char text[300];
-  snprintf(text, sizeof text, "index %lld in an array of type %s", (long long)index, data->array->name);
-  undefined_behaviour(ARRAY_INDEX, &data->site, text);
+  if (state.current)
+    fail(ARRAY_INDEX, at_site(data->site), "index %lld in an array of type %s", (long long)index,
+         data->array->name);
 }
 static void wrong_pointer(EmuSite* site, uint64_t pointer) {
-  char text[100];
-  snprintf(text, sizeof text, "the address ends in 0x%02x", (unsigned)(pointer & 0xFF));
-  if (pointer) undefined_behaviour(MISALIGNED, site, text);
-  else undefined_behaviour(INVALID_ACCESS, site, "null pointer: no buffer is bound there");
+  if (!state.current) return;
+  if (!pointer) return fail(INVALID_ACCESS, at_site(*site), "null pointer: no buffer is bound there");
+  report(MISALIGNED, at_site(*site), "the address ends in 0x%02x", (unsigned)(pointer & 0xFF));
+}
+static void division(EmuSite* site) {
+  if (state.current)
+    fail(DIVISION_BY_ZERO, at_site(*site), "the divisor is 0, or the quotient overflows");
 }
 extern "C" {
 void __ubsan_handle_type_mismatch_v1(EmuSite* site, uint64_t pointer) { wrong_pointer(site, pointer); }
@@ -152,9 +145,9 @@ void __ubsan_handle_type_mismatch_v1_abort(EmuSite* site, uint64_t pointer) { wr
 void __ubsan_handle_out_of_bounds(UbOutOfBounds* data, uint64_t i) { index_out_of_bounds(data, i); }
 void __ubsan_handle_out_of_bounds_abort(UbOutOfBounds* data, uint64_t i) { index_out_of_bounds(data, i); }
 void __ubsan_handle_divrem_overflow(EmuSite* site, uint64_t, uint64_t) {
-  undefined_behaviour(DIVISION_BY_ZERO, site, "the divisor is 0, or the quotient overflows");
+  division(site);
 }
 void __ubsan_handle_divrem_overflow_abort(EmuSite* site, uint64_t, uint64_t) {
-  undefined_behaviour(DIVISION_BY_ZERO, site, "the divisor is 0, or the quotient overflows");
+  division(site);
 }
 }

@@ -58,9 +58,8 @@ void* emu_threadgroup_variable(uint32_t id, size_t size, const char* name) {
   if (state.arena_payload > state.result.threadgroup_bytes)
     state.result.threadgroup_bytes = state.arena_payload;
   if (state.arena_payload > THREADGROUP_LIMIT) {
-    report(THREADGROUP_MEMORY, at_site({nullptr, 0, 0}), "%llu bytes with '%s'; a threadgroup has %llu",
-           (unsigned long long)state.arena_payload, name, (unsigned long long)THREADGROUP_LIMIT);
-    stop_launch();
+    fail(THREADGROUP_MEMORY, at_site({nullptr, 0, 0}), "%llu bytes with '%s'; a threadgroup has %llu",
+         (unsigned long long)state.arena_payload, name, (unsigned long long)THREADGROUP_LIMIT);
     return nullptr;
   }
   state.arena_used = start + size + 16;  // the gap makes an overrun visible
@@ -157,17 +156,14 @@ static bool pass_threadgroup_barrier() {
     bool same = f.wait != Wait::FINISHED && same_site(f.site, first->site) && f.argument == first->argument;
     if (!same) other = &f;
   }
-  if (other) {
-    report(DIVERGENT_BARRIER, at_site(first->site),
-           "threadgroup_barrier reached by thread %u, while thread %u %s (%s:%u)",
-           first->thread.thread_index_in_threadgroup, other->thread.thread_index_in_threadgroup,
-           other->wait == Wait::FINISHED ? "has returned" : "waits at another barrier",
-           short_name(other->site.file), other->site.line);
-    bool exits_only = other->wait == Wait::FINISHED;
-    if (!exits_only || !allowed(DIVERGENT_BARRIER)) {
-      stop_launch();
-      return false;
-    }
+  bool only_returned = other && other->wait == Wait::FINISHED;
+  if (other && !(only_returned && allowed(DIVERGENT_BARRIER))) {
+    fail(DIVERGENT_BARRIER, at_site(first->site),
+         "threadgroup_barrier reached by thread %u, while thread %u %s (%s:%u)",
+         first->thread.thread_index_in_threadgroup, other->thread.thread_index_in_threadgroup,
+         only_returned ? "has returned" : "waits at another barrier", short_name(other->site.file),
+         other->site.line);
+    return false;
   }
   count_sync(SYNC_THREADGROUP_BARRIER, first->site);
   for (int space = 0; space < 2; space++)

@@ -78,7 +78,7 @@ static void stop_launch() {
   emu_switch(&abandoned, state.scheduler);
 }
 
-// Records what a check found, once per place; with `fatal` the launch ends here.
+// Where a check found something: an instruction, or a place that the kernel passed along.
 struct Place {
   uint64_t pc;
   EmuSite site;
@@ -87,26 +87,41 @@ struct Place {
 static Place at_pc(uint64_t pc, int32_t buffer) { return {pc, {nullptr, 0, 0}, buffer}; }
 static Place at_site(EmuSite site) { return {0, site, -1}; }
 
-__attribute__((format(printf, 3, 4))) static void report(Check check, Place place,
-                                                         const char* format, ...) {
-  if (allowed(check)) return;
+static bool same_place(const EmuFinding& f, Place place) {
+  return f.pc == place.pc && f.site.line == place.site.line &&
+         f.site.column == place.site.column && f.site.file == place.site.file;
+}
+static void record(Check check, Place place, const char* format, va_list arguments) {
   for (EmuFinding& f : state.findings)
-    if (f.check == check && f.pc == place.pc && f.site.line == place.site.line &&
-        f.site.column == place.site.column && f.site.file == place.site.file) {
+    if (f.check == check && same_place(f, place)) {
       f.occurrences++;
       return;
     }
   if (state.findings.size >= 64) return;
   EmuFinding& f = state.findings.push({check, place.buffer, place.pc, place.site, 1, {}});
+  int n = vsnprintf(f.text, sizeof f.text, format, arguments);
+  if (!state.current || n < 0 || (size_t)n >= sizeof f.text) return;
+  const EmuThread& t = state.current->thread;
+  EmuUint3 g = state.group_position;
+  snprintf(f.text + n, sizeof f.text - n, "; thread %u (simdgroup %u lane %u) of threadgroup (%u, %u, %u)",
+           t.thread_index_in_threadgroup, t.simdgroup_index_in_threadgroup,
+           t.thread_index_in_simdgroup, g.x, g.y, g.z);
+}
+// Records a fault after which the kernel can go on, once per place, unless the caller allows it.
+__attribute__((format(printf, 3, 4))) static void report(Check check, Place place,
+                                                         const char* format, ...) {
+  if (allowed(check)) return;
   va_list arguments;
   va_start(arguments, format);
-  int n = vsnprintf(f.text, sizeof f.text, format, arguments);
+  record(check, place, format, arguments);
   va_end(arguments);
-  if (state.current && n >= 0 && (size_t)n < sizeof f.text) {
-    const EmuThread& t = state.current->thread;
-    snprintf(f.text + n, sizeof f.text - n, "; thread %u (simdgroup %u lane %u) of threadgroup (%u, %u, %u)",
-             t.thread_index_in_threadgroup, t.simdgroup_index_in_threadgroup,
-             t.thread_index_in_simdgroup, state.group_position.x, state.group_position.y,
-             state.group_position.z);
-  }
+}
+// Records a fault and ends the launch. Does not return to a kernel.
+__attribute__((format(printf, 3, 4))) static void fail(Check check, Place place, const char* format,
+                                                       ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  record(check, place, format, arguments);
+  va_end(arguments);
+  stop_launch();
 }
