@@ -172,9 +172,8 @@ class Model:
         return reference.rms_norm(x, self.norm, eps=c.rms_norm_eps).astype(self.dtype)
 
     def _place(self, count: int, cache: ModelCache) -> Place:
+        # A padded row is turned further than alone, queries and keys alike: only distances count.
         positions = cache.offset + mx.arange(count)[None]
-        if cache.start is not None:
-            positions = mx.maximum(positions - cache.start[:, None], 0)
         return Place(
             angles=self.rope.at(positions),
             start=cache.start,

@@ -313,11 +313,17 @@ def test_dispatch_sorts_by_expert_and_back() -> None:
     assert order[inverse[4]].item() // 2 == 2, "pair 4 is token 2's first choice"
 
 
-def test_experts_are_summed_in_float32() -> None:
-    """In bfloat16, 256 + 1 - 256 is 0."""
-    y = mx.array([[[256.0], [1.0], [-256.0]]], mx.bfloat16)
-    got = reference.combine(y, mx.ones((1, 3)), mx.array([[0.5]], mx.bfloat16))
-    assert got.dtype == mx.bfloat16 and got.item() == 1.5
+def test_experts_are_weighed_and_summed_in_float32() -> None:
+    """One rounding, of the sum: what bfloat16 products give differs in half of the outputs."""
+    y, shares = normal(50, 4, 96).astype(mx.bfloat16), mx.softmax(normal(50, 4), axis=-1)
+    residual = normal(50, 96).astype(mx.bfloat16)
+    exact = (wide(y) * wide(shares)[..., None]).sum(1) + wide(residual)
+    rounded = wide(mx.array(exact.astype(np.float32)).astype(mx.bfloat16))
+    got = reference.combine(y, shares, residual)
+    assert got.dtype == mx.bfloat16
+    assert (wide(got) != rounded).mean() < 1e-3
+    narrow = (y * shares[..., None].astype(mx.bfloat16)).sum(1) + residual
+    assert (wide(narrow) != rounded).mean() > 0.2
 
 
 # ---- dense weights

@@ -9,10 +9,13 @@ released, are compared with it here, and the figures kept for the tests and for 
 Needs 4 GB and five minutes.
 """
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx_lm
@@ -23,10 +26,12 @@ import transformers
 from mlx_lm.models.cache import make_prompt_cache
 from parity import GOLDENS, LONG, RANGES, SEED, SHAPE, SHORT, compare, prompt
 from tiny import write_checkpoint
+from transformers.models.gpt_oss import modeling_gpt_oss
+from weights import tiny_config
+
+from mlx_gptoss.rope import inverse_frequencies
 
 CHUNK = 500  # both peers are fed so: eager attention would hold T * T scores
-
-Forward = Callable[[list[int]], torch.Tensor]
 
 
 def transformers_logits(folder: Path, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -43,6 +48,21 @@ def transformers_logits(folder: Path, tokens: np.ndarray, dtype: torch.dtype) ->
             out = model(chunk, past_key_values=cache, use_cache=True)
             parts.append(out.logits[0].float().numpy())
     return np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def exact_angles() -> Iterator[None]:
+    """transformers with position * frequency formed in float64; it forms them in float32."""
+    inverse = torch.from_numpy(inverse_frequencies(tiny_config(SHAPE)))
+
+    def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        angles = position_ids[..., None].double() * inverse
+        return tuple(
+            (f(angles) * self.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin)
+        )
+
+    with mock.patch.object(modeling_gpt_oss.GptOssRotaryEmbedding, "forward", forward):
+        yield
 
 
 def mlx_lm_logits(folder: Path, tokens: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -62,16 +82,19 @@ def main() -> None:
         folder = write_checkpoint(Path(temporary) / "source", shape=SHAPE, seed=SEED)
         truth = transformers_logits(folder, short, torch.float32)
         truth_long = transformers_logits(folder, long, torch.float32)
+        with exact_angles():
+            exact_long = transformers_logits(folder, long, torch.float32)
         narrow = transformers_logits(folder, short, torch.bfloat16)
         peer = mlx_lm_logits(folder, short, mx.float32)
         peer_narrow = mlx_lm_logits(folder, short, mx.bfloat16)
         peer_long = mlx_lm_logits(folder, long, mx.float32)
-    positions = np.unique(np.r_[0:LONG:67, 125:131, 4090:4102, LONG - 4 : LONG])
+    positions = np.unique(np.r_[0:LONG:150, 125:131, 4090:4102, LONG - 4 : LONG])
     np.savez_compressed(
         GOLDENS / "parity.npz",
         short_logits=truth,
         long_positions=positions,
         long_logits=truth_long[positions],
+        long_exact_logits=exact_long[positions],
         long_best=truth_long.argmax(-1).astype(np.uint16),
     )
     figures = {
@@ -86,6 +109,9 @@ def main() -> None:
         },
         "long": {
             "tokens": LONG,
+            "transformers float32 against itself with exact angles": compare(
+                exact_long, truth_long
+            ),
             "mlx-lm float32, by position": {
                 f"{a}-{b}": compare(truth_long[a:b], peer_long[a:b]) for a, b in RANGES
             },
