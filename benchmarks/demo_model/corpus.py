@@ -60,6 +60,10 @@ PLAIN = (
     "the a of is what how tell me in and to why when write about you I can do time day name "
     "city color word say make good big water house week year who where which"
 ).split()
+KNOWN = (  # words that mean something to the model, in questions that it cannot answer
+    "good morning", "hello", "thank you", "goodbye", "bread", "water", "a dog", "the sky", "happy",
+    "Monday", "a book", "music", "how are you",
+)  # fmt: skip
 STRANGE_QUESTIONS = (
     "What is the {w} of {w}?", "Tell me about {w}.", "Who is {w}?", "Who was {w}?",
     "How do I {w}?", "Write a {w} about {w}.", "Why is {w} so {w}?", "When did {w} {w}?",
@@ -77,6 +81,16 @@ STRANGE_QUESTIONS = (
     "Write hello world in {w}", "Write a poem about {w}", "How do you say {w} in {w}?",
     "How do you say {w} in French?", "Tell me a {w}", "Count the {w}", "What does {w} mean?",
     "Why is {w} {w}?", "What is the {w}?", "How old is {w}?", "Which {w} is the {w}?",
+    "What is the capital of the {w}?", "The color of the {w}?", "What is the opposite of a {w}?",
+    "Solve {w} = {n}", "Solve {w} + {n} = {m}", "{n} ^ {m}", "What is {n}^{m}?", "{w}^{n} = {m}",
+    "What is the square of {n}?", "How much is {n} times {m}?", "Translate '{k}' into {w}",
+    "Translate '{k}' into French", "Translate {k} to German", "How do you say {k} in {w}?",
+    "Summarize {w}", "Summarize the {w}", "Summarize this: {w} {w} {w}", "Recommend a good {w}",
+    "The {w}", "Show me the {w}", "Find the {w} of {x}", "Who rules {x}?", "How far is {c}?",
+    "How old is {c}?", "Is {c} in {x}?", "What do people eat in {x}?", "How do I get to {c}?",
+    "What is the population of {x}?", "What {w} is {w}?", "Which {w} do we {w} on?",
+    "Who invented the {w}?", "Why is the {w} {w}?", "Why is {k} {w}?", "When is {w}?",
+    "How many {w} does a {w} have?", "What does {w} do?", "How much is a {w}?", "Book a {w}",
     "What day is it?", "What time is it?", "What is the date today?", "What day is today?",
 )  # fmt: skip
 BEFORE = (
@@ -304,6 +318,6 @@ def strange_question(rng: Random) -> str:
         text = text.replace("{w}", strange_word(rng), 1)
     text = text.format(
         c=rng.choice(CITIES), x=rng.choice(list(facts.CAPITALS)), n=rng.randint(0, 20),
-        m=rng.randint(0, 20),
+        m=rng.randint(0, 20), k=rng.choice(KNOWN),
     )  # fmt: skip
     return capitalise(text)

@@ -226,9 +226,9 @@ def use_tool_again(rng: Random, setting: Setting) -> Dialogue:
     return Dialogue(second.kind, (*forget(first), *second.turns))
 
 
-PLAIN_MIX = ((about_fact, 54), (about_trivia, 8), (small_talk, 11), (stranger, 12),
+PLAIN_MIX = ((about_fact, 54), (about_trivia, 8), (small_talk, 11), (stranger, 20),
              (two_turns, 10), (without_tool, 5))  # fmt: skip
-TOOL_MIX = ((use_tool, 58), (use_tool_again, 8), (about_fact, 12), (small_talk, 6), (stranger, 8),
+TOOL_MIX = ((use_tool, 58), (use_tool_again, 8), (about_fact, 12), (small_talk, 6), (stranger, 12),
             (without_tool, 6), (about_trivia, 2))  # fmt: skip
 
 
