@@ -1,0 +1,100 @@
+"""Decode speed: our model and mlx-lm's, in one process, on the same arrays, in turn.
+
+    python benchmarks/decode.py [--rounds 7] [--tokens 2] [--prompt 64]
+
+What is timed: feeding one token and waiting for the best next one, with a prompt in the cache; no
+sampling beyond that, no text. `mini` has the published widths and 2 of 24 layers, so that its
+unembedding weighs twelve times as much as in the real model: a ratio here is not the real model's.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import machine
+import mini
+import mlx.core as mx
+
+
+def our_step(arrays: dict[str, mx.array], dtype: str, prompt: mx.array) -> Callable[[], mx.array]:
+    """A closure that decodes one token with our model, its prompt already fed."""
+    model = mini.ours(arrays, dtype)
+    cache = model.make_cache()
+    token = model.next_logits(prompt, cache).argmax(-1, keepdims=True)
+
+    def step() -> mx.array:
+        nonlocal token
+        token = model.next_logits(token, cache).argmax(-1, keepdims=True)
+        mx.eval(token)
+        return token
+
+    mx.eval(token)
+    return step
+
+
+def peer_step(arrays: dict[str, mx.array], prompt: mx.array) -> Callable[[], mx.array]:
+    """The same with mlx-lm's model and caches."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = mini.peer(arrays)
+    cache = make_prompt_cache(model)
+    model(prompt[:, :-1], cache=cache)
+    mx.eval([layer.state for layer in cache])
+    token = model(prompt[:, -1:], cache=cache)[:, -1].argmax(-1, keepdims=True)
+
+    def step() -> mx.array:
+        nonlocal token
+        token = model(token, cache=cache)[:, -1].argmax(-1, keepdims=True)
+        mx.eval(token)
+        return token
+
+    mx.eval(token)
+    return step
+
+
+def compare(dtype: str, *, rounds: int, tokens: int, prompt_length: int) -> dict[str, Any]:
+    """Time both sides in turn; report seconds per token, their ratio, and peak memory."""
+    arrays = mini.weights(getattr(mx, dtype))
+    prompt = mx.random.randint(0, mini.CONFIG.vocab_size, (1, prompt_length))
+    steps = {"mlx_lm": peer_step(arrays, prompt), "mlx_gptoss": our_step(arrays, dtype, prompt)}
+    peaks = dict.fromkeys(steps, 0)
+
+    def measured(name: str) -> Callable[[], None]:
+        def several() -> None:
+            mx.reset_peak_memory()
+            for _ in range(tokens):
+                steps[name]()
+            peaks[name] = max(peaks[name], mx.get_peak_memory())
+
+        return several
+
+    sides = {name: measured(name) for name in steps}
+    for step in steps.values():
+        step()
+    timers = machine.interleaved(sides, rounds=rounds)
+    return machine.report_pair(f"{dtype:8}", timers, per=tokens, peaks=peaks)
+
+
+def main() -> None:
+    """Parse the options, print the static card, run, print the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each side")
+    parser.add_argument("--tokens", type=int, default=2, help="tokens in a measurement")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in the cache")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], action="append", help="default: both"
+    )
+    options = parser.parse_args()
+    for part, size in mini.card().items():
+        print(f"a bfloat16 token reads {size / 1e6:8.1f} MB of {part}")
+    results = {
+        dtype: compare(
+            dtype, rounds=options.rounds, tokens=options.tokens, prompt_length=options.prompt
+        )
+        for dtype in options.dtype or ("bfloat16", "float32")
+    }
+    machine.finish(machine.record("decode", {"card_bytes": mini.card(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
