@@ -190,3 +190,30 @@ def test_allowed_divergence_goes_on_and_is_no_finding() -> None:
     report = kernel({"y": y}, allow=["divergent-simd", "divergent-barrier"], **size)
     assert not report.findings
     assert y.array().tolist() == [16] * 16 + [7] * 16 + [16] * 16
+
+
+@pytest.mark.parametrize(
+    ("stride", "sectors", "lines", "conflicts"),
+    [(1, 4, 1, 0), (2, 8, 2, 1), (8, 32, 8, 7), (33, 32, 32, 0)],
+)
+def test_strides_cost_sectors_lines_and_banks(
+    stride: int, sectors: int, lines: int, conflicts: int
+) -> None:
+    """32 lanes, 4 bytes each, `stride` words apart, in device and in threadgroup memory."""
+    source = f"""#line 1 "stride.metal"
+    kernel void strided(const device float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                        uint i [[thread_position_in_grid]]) {{
+      threadgroup float shared[{32 * 33}];
+      shared[i * {stride}] = x[i * {stride}];
+      y[i] = shared[i * {stride}];
+    }}"""
+    x = Buffer.of(np.zeros(32 * 33, np.float32))
+    size = {"grid": (32, 1, 1), "threadgroup": (32, 1, 1)}
+    report = Kernel(source, "strided")({"x": x, "y": Buffer.empty((32,), "float32")}, **size)
+    load = report.lines["stride.metal", 4]
+    assert (load.loads, load.load_bytes, load.load_lanes) == (1, 128, 32)
+    assert (load.load_sectors, load.load_lines128) == (sectors, lines)
+    assert report.traffic("x").distinct_sectors == sectors
+    assert load.bank_conflicts == conflicts
+    total = report.totals()
+    assert (total.store_bytes, total.store_sectors, total.store_lines128) == (128, 4, 1)
