@@ -47,6 +47,19 @@ def test_faults_exit_with_1(file: str, capsys: pytest.CaptureFixture[str]) -> No
     )
 
 
+def test_atomics_need_a_buffer_of_their_values(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(Path(__file__).parent / "metal" / "scan.metal")
+    outputs = ["x[512]", "sums[512]", "back[512]", "steps[512]"]
+    size = ["--grid", "512", "--threadgroup", "256"]
+    assert main([file, "scan", *outputs, "total[1]=0", *size]) == 0
+    capsys.readouterr()
+    assert main([file, "scan", *outputs, *size]) == 1
+    wanted = (
+        "FAULT scan.metal:32: invalid-access in kernel 'scan': null pointer: no buffer is bound"
+    )
+    assert wanted in capsys.readouterr().out
+
+
 def test_buffers_from_files_and_values(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,3 +73,9 @@ EMU_ATOMICS()
 #endif
 EMU_INLINE void atomic_thread_fence(mem_flags, memory_order, thread_scope) {}
 }  // namespace metal
+
+// A buffer of atomics holds their values.
+template <class T> struct emu_vector<metal::atomic<T>> {
+  static constexpr int lanes = 0;
+  using element = T;
+};

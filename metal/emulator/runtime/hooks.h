@@ -12,6 +12,9 @@ static Region* find_region(uint64_t address) {
 }
 static void out_of_bounds(uint64_t address, uint64_t size, AccessKind kind, Place place) {
   bool in_arena = address - (uint64_t)state.arena < ARENA;
+  if (!in_arena && !in_heap(address))
+    return fail(INVALID_ACCESS, place, address < GUARD ? "null pointer: no buffer is bound there"
+                                                       : "the address belongs to no buffer");
   const Region* nearest = nullptr;
   uint64_t nearest_distance = ~0ull;
   for (Region& r : in_arena ? state.variables : state.buffers) {
