@@ -9,12 +9,12 @@ Quantization blocks are none of this module's business: `checkpoint.py` reads th
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.config_fields import Fields
 from mlx_gptoss.errors import ConfigError
 
 SLIDING = "sliding_attention"
@@ -88,7 +88,7 @@ class ModelConfig:
         Raises:
             ConfigError: a field is missing, unknown, invalid or contradictory.
         """
-        fields = _Fields(raw, where)
+        fields = Fields(raw, where)
         fields.constant("model_type", "gpt_oss", required=True)
         fields.constant("hidden_act", "silu")
         fields.constant("attention_bias", True)
@@ -134,7 +134,7 @@ class ModelConfig:
 
         Source: `ModelConfig` and `RotaryEmbedding` of openai/gpt-oss, gpt_oss/torch/model.py.
         """
-        fields = _Fields(raw, where)
+        fields = Fields(raw, where)
         layers = fields.integer("num_hidden_layers")
         context = fields.integer("initial_context_length")
         factor = fields.number("rope_scaling_factor")
@@ -256,62 +256,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
     return ModelConfig.from_json(raw, str(path)), tuple(sorted(HARMLESS & set(raw)))
 
 
-class _Fields:
-    """Takes fields out of a parsed JSON object, checking each, and knows what is left over."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str, prefix: str = ""):
-        self.raw, self.where, self.prefix = raw, where, prefix
-        self.taken: set[str] = set()
-
-    def error(self, name: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {self.prefix}{name}: {problem}")
-
-    def has(self, name: str) -> bool:
-        self.taken.add(name)
-        return self.raw.get(name) is not None
-
-    def value(self, *names: str) -> Any:
-        """The value under any of these spellings; two that differ are an error."""
-        found = [name for name in names if self.has(name)]
-        if not found:
-            raise self.error(names[0], "missing; the computation depends on it")
-        for other in found[1:]:
-            if self.raw[other] != self.raw[found[0]]:
-                raise self.error(
-                    found[0], f"is {self.raw[found[0]]}, but {other} is {self.raw[other]}"
-                )
-        return self.raw[found[0]]
-
-    def integer(self, *names: str) -> int:
-        value = self.value(*names)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(names[0], f"expected a whole number above 0, got {value!r}")
-        return value
-
-    def number(self, name: str, *, default: float | None = None) -> float:
-        if default is not None and not self.has(name):
-            return default
-        value = self.value(name)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value <= 0:
-            raise self.error(name, f"expected a finite number above 0, got {value!r}")
-        return float(value)
-
-    def constant(self, name: str, expected: Any, *, required: bool = False) -> None:
-        """A field with one value that this package computes with."""
-        if (required or self.has(name)) and self.value(name) != expected:
-            raise self.error(
-                name, f"expected {expected!r}, got {self.raw[name]!r}; this is not a gpt-oss model"
-            )
-
-    def refuse_unknown(self, harmless: frozenset[str]) -> None:
-        for name in sorted(set(self.raw) - self.taken - harmless):
-            raise self.error(
-                name, "unknown field; it may change the computation, so it is not ignored"
-            )
-
-
-def _read_rope(fields: _Fields) -> tuple[float, YarnConfig]:
+def _read_rope(fields: Fields) -> tuple[float, YarnConfig]:
     """`rope_scaling` beside `rope_theta`, or transformers 5's `rope_parameters` that holds both."""
     spellings = [name for name in ("rope_scaling", "rope_parameters") if fields.has(name)]
     if not spellings:
@@ -331,11 +276,11 @@ def _read_rope(fields: _Fields) -> tuple[float, YarnConfig]:
     return theta, yarn
 
 
-def _read_rope_block(outer: _Fields, name: str) -> tuple[float, YarnConfig]:
+def _read_rope_block(outer: Fields, name: str) -> tuple[float, YarnConfig]:
     block = outer.raw[name]
     if not isinstance(block, Mapping):
         raise outer.error(name, f"expected a JSON object, got {block!r}")
-    fields = _Fields(block, outer.where, f"{name}.")
+    fields = Fields(block, outer.where, f"{name}.")
     if fields.value("rope_type", "type") != "yarn":
         kind = fields.value("rope_type", "type")
         raise fields.error("rope_type", f"expected 'yarn', got {kind!r}; gpt-oss uses YaRN")
@@ -359,7 +304,7 @@ def _read_rope_block(outer: _Fields, name: str) -> tuple[float, YarnConfig]:
     return theta, yarn
 
 
-def _read_layer_types(fields: _Fields, num_hidden_layers: int) -> tuple[str, ...]:
+def _read_layer_types(fields: Fields, num_hidden_layers: int) -> tuple[str, ...]:
     if not fields.has("layer_types"):
         return alternating_layer_types(num_hidden_layers)
     types = fields.value("layer_types")
