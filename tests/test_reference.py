@@ -135,6 +135,19 @@ def test_window_of_a_chunk(offset: int, tokens: int) -> None:
         assert_attention(got, q, k, v, sinks, scale=0.5, seen=np.stack(rows), case=f"{starts}")
 
 
+def test_window_of_a_chunk_costs_two_windows_a_token() -> None:
+    """4,096 tokens against every key would hold 138 MB of scores; against 256 keys each, 8 MB."""
+    tokens, window = 4096, 128
+    q, k, v = (mx.zeros((1, 2, n, 8)) for n in (tokens, window + tokens, window + tokens))
+    mx.eval(q, k, v)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(
+        reference.attention_window_prefill(q, k, v, mx.zeros((2,)), scale=1.0, offset=0, start=None)
+    )
+    assert mx.get_peak_memory() - before < 70e6
+
+
 @pytest.mark.parametrize(("distance", "sees"), [(0, True), (127, True), (128, False)])
 def test_the_published_window_is_128_with_the_token_itself(distance: int, sees: bool) -> None:
     """One key 5 among zeros: its value arrives at distance 127 and not at 128."""
