@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_gptoss.cache import ModelCache
-from mlx_gptoss.engine import Engine, Generation, GenerationStats
+from mlx_gptoss.engine import Engine, Generation
 from mlx_gptoss.errors import VocabularyError
 from mlx_gptoss.harmony import (
     STOP_TOKENS,
@@ -28,6 +28,38 @@ from mlx_gptoss.vocabulary import load_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of a turn.
+
+    Attributes:
+        prompt_tokens: Of the whole prompt.
+        cached_tokens: Of it, those whose keys and values were reused.
+        completion_tokens: Everything sampled.
+        reasoning_tokens: Of that, the analysis, its framing included.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Times of a turn, waiting for other turns included.
+
+    Attributes:
+        ttft_s: Until the first token.
+        prefill_tok_per_s: Prompt tokens computed, over `ttft_s`.
+        decode_tok_per_s: Tokens after the first, over their time; None before the second.
+    """
+
+    ttft_s: float | None
+    prefill_tok_per_s: float | None
+    decode_tok_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """What a turn came to.
 
@@ -37,9 +69,10 @@ class Reply:
         tool_calls: Complete calls, in order.
         finish_reason: Why the turn ended.
         messages: Everything the model wrote, for the next turn's conversation.
-        reasoning_tokens: Tokens of the analysis, their framing included.
+        usage: Tokens.
+        timing: Times.
         seed: Of the sampling noise: the same seed gives the same reply.
-        stats: Counts and times.
+        peak_memory_bytes: MLX's highest allocation in this process so far, weights included.
     """
 
     text: str
@@ -47,9 +80,10 @@ class Reply:
     tool_calls: tuple[ToolCallDone, ...]
     finish_reason: FinishReason
     messages: tuple[Message, ...]
-    reasoning_tokens: int
+    usage: Usage
+    timing: Timing
     seed: int
-    stats: GenerationStats
+    peak_memory_bytes: int
 
 
 class Turn:
@@ -109,7 +143,7 @@ class Turn:
         Closing the iterator, or an interrupt, cancels the rest.
         """
         with self.generation:
-            while self._finish_reason is None:
+            while not self.is_over:
                 yield from self.advance()
 
     def advance(self) -> list[Event]:
@@ -124,26 +158,41 @@ class Turn:
         events = self._parser.finish() if token is None else self._parser.feed(token)
         for event in events:
             self._note(event)
-        if self._finish_reason is not None:
+        if self.is_over:
             self.generation.close()
         return events
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `TurnDone` was among the events."""
+        return self._finish_reason is not None
+
     def reply(self) -> Reply:
         """Sample what is left and sum the turn up."""
-        if self._finish_reason is None:
-            for _ in self.events():
-                pass
+        for _ in self.events():
+            pass
         assert self._finish_reason is not None
         assert self.generation.sampling.seed is not None
+        stats = self.generation.stats
         return Reply(
             text="".join(self._text),
             reasoning="".join(self._reasoning),
             tool_calls=tuple(self._calls),
             finish_reason=self._finish_reason,
             messages=tuple(self._messages),
-            reasoning_tokens=self._reasoning_tokens,
+            usage=Usage(
+                prompt_tokens=stats.prompt_tokens,
+                cached_tokens=stats.cached_tokens,
+                completion_tokens=stats.completion_tokens,
+                reasoning_tokens=self._reasoning_tokens,
+            ),
+            timing=Timing(
+                ttft_s=stats.ttft_s,
+                prefill_tok_per_s=stats.prefill_tok_per_s,
+                decode_tok_per_s=stats.decode_tok_per_s,
+            ),
             seed=self.generation.sampling.seed,
-            stats=self.generation.stats,
+            peak_memory_bytes=stats.peak_memory_bytes,
         )
 
     def _note(self, event: Event) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from enum import Enum
 
 import click
@@ -86,19 +87,19 @@ class Printer:
 
 def stats_line(reply: Reply) -> str:
     """What a reply cost, in one line."""
-    stats = reply.stats
-    prompt = f"prompt {stats.prompt_tokens} tok"
-    if stats.cached_tokens:
-        prompt += f" ({stats.cached_tokens} cached)"
-    if stats.prefill_tok_per_s is not None:
-        prompt += f" {_rate(stats.prefill_tok_per_s)}"
-    output = f"output {stats.completion_tokens} tok ({reply.reasoning_tokens} reasoning)"
-    if stats.decode_tok_per_s is not None:
-        output += f" {_rate(stats.decode_tok_per_s)}"
+    usage, timing = reply.usage, reply.timing
+    prompt = f"prompt {usage.prompt_tokens} tok"
+    if usage.cached_tokens:
+        prompt += f" ({usage.cached_tokens} cached)"
+    if timing.prefill_tok_per_s is not None:
+        prompt += f" {_rate(timing.prefill_tok_per_s)}"
+    output = f"output {usage.completion_tokens} tok ({usage.reasoning_tokens} reasoning)"
+    if timing.decode_tok_per_s is not None:
+        output += f" {_rate(timing.decode_tok_per_s)}"
     parts = [prompt, output]
-    if stats.ttft_s is not None:
-        parts.append(f"ttft {stats.ttft_s:.2f} s")
-    parts += [f"peak {size(stats.peak_memory_bytes)}", reply.finish_reason]
+    if timing.ttft_s is not None:
+        parts.append(f"ttft {timing.ttft_s:.2f} s")
+    parts += [f"peak {size(reply.peak_memory_bytes)}", reply.finish_reason]
     return " | ".join(parts)
 
 
@@ -108,7 +109,6 @@ def _rate(tok_per_s: float) -> str:
 
 def as_json(reply: Reply, *, model: str, load_s: float) -> str:
     """A reply as one JSON object."""
-    stats = reply.stats
     return json.dumps(
         {
             "text": reply.text,
@@ -117,19 +117,9 @@ def as_json(reply: Reply, *, model: str, load_s: float) -> str:
                 {"name": call.name, "arguments": call.arguments} for call in reply.tool_calls
             ],
             "finish_reason": reply.finish_reason,
-            "usage": {
-                "prompt_tokens": stats.prompt_tokens,
-                "cached_tokens": stats.cached_tokens,
-                "completion_tokens": stats.completion_tokens,
-                "reasoning_tokens": reply.reasoning_tokens,
-            },
-            "timing": {
-                "load_s": load_s,
-                "ttft_s": stats.ttft_s,
-                "prefill_tok_per_s": stats.prefill_tok_per_s,
-                "decode_tok_per_s": stats.decode_tok_per_s,
-            },
-            "peak_memory_bytes": stats.peak_memory_bytes,
+            "usage": asdict(reply.usage),
+            "timing": {"load_s": load_s, **asdict(reply.timing)},
+            "peak_memory_bytes": reply.peak_memory_bytes,
             "seed": reply.seed,
             "model": model,
         },
