@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_gptoss.errors import GptOssError
     from mlx_gptoss.library import find_model
     from mlx_gptoss.model import Model, load_model
+    from mlx_gptoss.runtime import Runtime
     from mlx_gptoss.sampling import SamplingParams
     from mlx_gptoss.turn import Reply, Turn, harmony_engine
 
@@ -26,6 +27,7 @@ _HOME = {
     "Model": "model",
     "ModelConfig": "config",
     "Reply": "turn",
+    "Runtime": "runtime",
     "SamplingParams": "sampling",
     "Turn": "turn",
     "find_model": "library",
@@ -41,6 +43,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Reply",
+    "Runtime",
     "SamplingParams",
     "Turn",
     "__version__",

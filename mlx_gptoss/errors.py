@@ -11,6 +11,8 @@
     ├── HarmonyError       a conversation that cannot be rendered
     ├── CacheError         a K,V cache was asked for what it no longer holds
     ├── ContextLengthError a prompt fills the whole context
+    ├── RuntimeClosedError a runtime was closed, or came into this process by a fork
+    ├── MachineError       a request does not fit this machine's memory
     ├── KernelError        a Metal kernel was called with what it cannot take
     └── EmulatorError      the Metal emulator found a fault, or cannot run
 
@@ -61,6 +63,10 @@ class CacheError(GptOssError):
 
 class ContextLengthError(GptOssError):
     """A prompt is longer than the context of the model."""
+
+
+class RuntimeClosedError(GptOssError):
+    """A runtime was used after it was closed, or in a forked process that has no owner thread."""
 
 
 class KernelError(GptOssError):

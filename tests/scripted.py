@@ -7,11 +7,14 @@ tests that need a real process: terminals, pipes, Ctrl-C.
 import re
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 
+from mlx_gptoss.cache import FullCache, ModelCache
+from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.vocabulary import N_TEXT, N_VOCAB, Special, load_vocabulary
 
 ANSWERED = (
@@ -27,6 +30,7 @@ SCRIPTS = {
 SLOW_STEP_S = 0.05
 
 
+@cache
 def tokens_of(script: str) -> list[int]:
     """Token ids of a text in which `<|end|>` and the like are control tokens."""
     ids: list[int] = []
@@ -40,20 +44,19 @@ def tokens_of(script: str) -> list[int]:
     return ids
 
 
-class ScriptedCache:
-    """Counts tokens."""
-
-    merges_next = False
+class ScriptedCache(ModelCache):
+    """A real cache, of one layer with keys and values of one number."""
 
     def __init__(self) -> None:
-        self.offset = self.prompt_length = 0
-        self.arrays: list[mx.array] = []
+        super().__init__([FullCache((1, 1, 1), mx.float32)], [0])
+        self.prompt_length = 0
 
-    def snapshot(self) -> int:
-        return self.offset
-
-    def restore(self, offset: int) -> None:
-        self.offset = offset
+    def count(self, tokens: int) -> None:
+        zeros = mx.zeros((1, 1, tokens, 1))
+        layer = self[0]
+        layer.append(zeros, zeros) if tokens == 1 else layer.extend(zeros, zeros)
+        if tokens > 1:
+            self.prompt_length = self.offset
 
 
 class ScriptedModel:
@@ -61,38 +64,43 @@ class ScriptedModel:
 
     Attributes:
         prompt: The tokens of the last prompt; a single token is a decoding step.
+        steps: How often logits were asked for.
+        script: What is written after each prompt; may be replaced between turns.
     """
 
     def __init__(self, script: str, *, step_s: float = 0.0) -> None:
         self.config = SimpleNamespace(vocab_size=N_VOCAB, max_position_embeddings=131_072)
-        self._script, self._step_s = tokens_of(script), step_s
+        self.kernels = all_definitions("a stand-in has none")
+        self.script, self._step_s = script, step_s
         self.prompt: list[int] = []
+        self.steps = 0
 
     def make_cache(self) -> ScriptedCache:
         self.prompt = []
         return ScriptedCache()
 
     def hidden(self, tokens: mx.array, cache: ScriptedCache) -> None:
-        cache.offset += tokens.shape[1]
         if tokens.shape[1] > 1:
-            self.prompt += tokens[0].tolist()
-            cache.prompt_length = cache.offset
+            self.prompt = self.prompt[: cache.offset] + tokens[0].tolist()
+        cache.count(tokens.shape[1])
 
     def next_logits(self, tokens: mx.array, cache: ScriptedCache) -> mx.array:
         self.hidden(tokens, cache)
         time.sleep(self._step_s)
-        written = cache.offset - cache.prompt_length
-        token = self._script[min(written, len(self._script) - 1)]
+        self.steps += 1
+        written, script = cache.offset - cache.prompt_length, tokens_of(self.script)
+        token = script[min(written, len(script) - 1)]
         return mx.where(mx.arange(N_VOCAB) == token, 100.0, 0.0)[None]
 
 
 def install(script: str, *, step_s: float = 0.0) -> ScriptedModel:
     """Make every model name the scripted model, in this process and for good."""
-    from mlx_gptoss import library, model
+    from mlx_gptoss import library, memory, model
 
     scripted = ScriptedModel(script, step_s=step_s)
     library.find_model = lambda name, **_: Path(name)
     model.load_model = lambda path, **_: scripted  # type: ignore[assignment]
+    memory.memory_of = lambda folder, **_: None
     return scripted
 
 

@@ -17,7 +17,7 @@ import scripted
 from click.testing import CliRunner, Result
 from tiny import write_checkpoint
 
-from mlx_gptoss import library, model
+from mlx_gptoss import library, memory, model
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.vocabulary import load_vocabulary
@@ -37,6 +37,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> scripted.ScriptedModel:
     """Every model name is a model that answers `scripted.ANSWERED`."""
     monkeypatch.setattr(library, "find_model", library.find_model)  # so that both are put back
     monkeypatch.setattr(model, "load_model", model.load_model)
+    monkeypatch.setattr(memory, "memory_of", memory.memory_of)
     return scripted.install(scripted.ANSWERED)
 
 

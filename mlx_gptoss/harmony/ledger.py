@@ -119,6 +119,11 @@ class TokenLedger(Generic[S]):
         """The saved positions, ascending."""
         return tuple(self._positions)
 
+    @property
+    def states(self) -> tuple[S, ...]:
+        """The saved states, in no order."""
+        return tuple(self._states.values())
+
     def feed(self, tokens: Iterable[int]) -> None:
         """Note that the cache was fed these tokens."""
         self.tokens += tokens

@@ -1,0 +1,180 @@
+"""The K,V caches of conversations between their turns, and the shared beginnings of their prompts.
+
+A slot is the cache of one conversation with the ledger of what it was fed. Going back in a slot
+needs the sliding layers' rings as they were (the full layers are just cut), so rings are saved
+where later prompts branch off: behind the instructions, and behind the newest question, because
+the reasoning that follows it is dropped in the next turn. What a turn then computes is what really
+changed, and what it reuses is bit for bit what was computed.
+
+A conversation that begins with instructions seen before starts from a copy of their K,V.
+
+All of this belongs to the thread that owns the model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_gptoss.cache import (
+    RECENT,
+    FullCache,
+    FullSnapshot,
+    ModelCache,
+    ModelSnapshot,
+    WindowCache,
+    WindowSnapshot,
+)
+from mlx_gptoss.harmony.ledger import PrefixStore, Prompt, TokenLedger
+
+MOST_SAVED = 8  # places to go back to, of one conversation; the instructions and the newest
+SHARED_PART = 4  # one in so many bytes of the budget is for shared beginnings
+
+
+@dataclass(frozen=True)
+class Rings:
+    """The sliding layers at one position; holds their arrays, copies nothing."""
+
+    windows: tuple[WindowSnapshot, ...]
+
+    @classmethod
+    def of(cls, cache: ModelCache) -> "Rings":
+        """The rings of a cache as they are now."""
+        return cls(tuple(a.snapshot() for a in cache if isinstance(a, WindowCache)))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rings, in bytes."""
+        return sum(ring.keys.nbytes + ring.values.nbytes for ring in self.windows)
+
+
+@dataclass
+class Slot:
+    """One conversation's cache.
+
+    Attributes:
+        cache: The arrays.
+        ledger: What they were fed, and where the cache can go back to.
+        marks: Positions of the present prompt at which rings are saved.
+    """
+
+    cache: ModelCache
+    ledger: TokenLedger[Rings] = field(default_factory=TokenLedger[Rings])
+    marks: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the cache and of everything saved, in bytes."""
+        return self.cache.nbytes + sum(rings.nbytes for rings in self.ledger.states)
+
+    def go_to(self, length: int, state: Rings | None) -> None:
+        """Go back to a start that the ledger returned."""
+        if state is not None:
+            windows = iter(state.windows)
+            for layer in self.cache:
+                if isinstance(layer, WindowCache):
+                    layer.restore(next(windows))
+                else:
+                    layer.trim(layer.offset - length)
+
+    def note(self, tokens: Sequence[int]) -> None:
+        """Note that the cache was fed `tokens` up to its offset, and save the rings at a mark."""
+        at = self.cache.offset
+        self.ledger.feed(tokens[len(self.ledger.tokens) : at])
+        if at in self.marks:
+            self.ledger.save(Rings.of(self.cache))
+            if len(self.ledger.positions) > MOST_SAVED:
+                self.ledger.forget(self.ledger.positions[1])
+
+
+class PrefixCache:
+    """Finds the longest reusable beginning of a prompt.
+
+    Args:
+        make_cache: Makes an empty cache of the model.
+        budget_bytes: Most bytes kept between turns; 0 keeps nothing.
+    """
+
+    def __init__(self, make_cache: Callable[[], ModelCache], *, budget_bytes: int):
+        self._make_cache = make_cache
+        self._idle: list[Slot] = []  # the last one was used last
+        self._shared = PrefixStore[ModelSnapshot](budget_bytes // SHARED_PART)
+        self._budget_bytes = budget_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept now."""
+        return self._shared.used_bytes + sum(slot.nbytes for slot in self._idle)
+
+    def take(self, prompt: Prompt, *, head: int) -> Slot:
+        """A slot whose cache holds as much of a prompt as can be reused.
+
+        Args:
+            prompt: Of the next turn.
+            head: Length of its instructions, which other conversations may share; 0 if none.
+
+        Returns:
+            The slot, the caller's until `give_back`.
+        """
+        tokens = prompt.tokens
+        starts = [(slot.ledger.best_start(tokens), slot) for slot in self._idle]
+        start, slot = max(starts, key=lambda s: s[0].length, default=(None, None))
+        shared = self._shared.best_start(tokens)
+        # On a tie the copy: a slot that has only the instructions in common is another's.
+        if slot is not None and start is not None and start.length > shared.length:
+            self._idle.remove(slot)
+            slot.go_to(start.length, start.state)
+            slot.ledger.rewind(start)
+        else:
+            slot = Slot(self._make_cache())
+            if shared.state is not None:
+                slot.cache.restore(shared.state)
+                slot.ledger.feed(tokens[: shared.length])
+                slot.ledger.save(Rings.of(slot.cache))
+        slot.marks = (head, prompt.stable)
+        return slot
+
+    def share(self, slot: Slot) -> None:
+        """Keep a copy of everything a slot holds for other conversations."""
+        snapshot = _compact(slot.cache)
+        nbytes = sum(a.nbytes for layer in snapshot.layers for a in _arrays(layer))
+        self._shared.put(slot.ledger.tokens, snapshot, size_bytes=nbytes)
+
+    def give_back(self, slot: Slot) -> None:
+        """Keep a slot for its conversation's next turn; the least recently used make room."""
+        self._idle.append(slot)
+        self.shrink(self._budget_bytes)
+
+    def shrink(self, budget_bytes: int) -> None:
+        """Give up idle conversations, the oldest first, then the rest, to fit a budget."""
+        while self._idle and self.nbytes > budget_bytes:
+            self._idle.pop(0)
+        if self.nbytes > budget_bytes:
+            self._shared.clear()
+
+    def clear(self) -> None:
+        """Give up everything."""
+        self._idle.clear()
+        self._shared.clear()
+
+
+def _compact(cache: ModelCache) -> ModelSnapshot:
+    """A snapshot with long stores of their exact length, which the cache does not share."""
+    layers = []
+    for layer in cache:
+        if isinstance(layer, FullCache):
+            keys, values = (mx.contiguous(a[:, :, : layer.offset]) for a in layer.freeze())
+            batch, heads, _, head_dim = keys.shape
+            empty = mx.zeros((batch, heads, RECENT, head_dim), keys.dtype)
+            layers.append(FullSnapshot((keys, values), (empty, empty), layer.offset, 0))
+        else:
+            layers.append(layer.snapshot())
+    snapshot = ModelSnapshot(tuple(layers), cache.batch_size)
+    mx.eval([a for layer in layers for a in _arrays(layer)])
+    return snapshot
+
+
+def _arrays(layer: WindowSnapshot | FullSnapshot) -> tuple[mx.array, ...]:
+    if isinstance(layer, WindowSnapshot):
+        return layer.keys, layer.values
+    return *layer.frozen, *layer.recent

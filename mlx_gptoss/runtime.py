@@ -1,0 +1,298 @@
+"""What apps embed: one model, any number of conversations, from any thread or event loop.
+
+    with Runtime.open("demo") as runtime:
+        reply = runtime.respond("Why is the sky blue?", reasoning="low", max_tokens=256)
+        for event in runtime.stream("And the sea?"):
+            ...
+
+Messages are read and rendered in the caller's thread; the model belongs to an owner thread, which
+gives each running turn a token in its turn. A conversation's next turn reuses the keys and values
+of the last one by itself: give the messages so far, with those of `Reply.messages` among them.
+
+The same seed gives the same tokens whether other turns run beside it or not, as long as the prompt
+is fed in the same pieces: rounding differs between one long prompt and two halves of it, so a turn
+that reuses a cache may differ in the last bits from one that does not (`cache_bytes=0` never does).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, Literal
+
+from mlx_gptoss import library, memory, model
+from mlx_gptoss.conversation import Answers, Messages, Tools, read_conversation
+from mlx_gptoss.engine import MOST_AT_ONCE, Engine
+from mlx_gptoss.harmony import FinishReason, Message, ReasoningEffort, tool_result
+from mlx_gptoss.harmony.ledger import prepare_prompt
+from mlx_gptoss.memory import Memory
+from mlx_gptoss.owner import Owner, Task
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.stream import AsyncStream, Outbox, Stream
+from mlx_gptoss.tools import call, describe
+from mlx_gptoss.turn import Reply, harmony_engine
+
+CACHE_BYTES = 2**30  # of keys and values kept between turns; less where memory is short
+CONCURRENT = 4  # turns at once; more only wait longer for each other
+
+Effort = ReasoningEffort | Literal["low", "medium", "high"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolRun:
+    """A turn with its tool calls answered.
+
+    Attributes:
+        reply: The last reply: an answer, or a call that was one too many.
+        messages: Everything that came after the messages given, tools' answers included.
+    """
+
+    reply: Reply
+    messages: tuple[Message, ...]
+
+
+class Runtime:
+    """A model in memory; see `open`.
+
+    Args:
+        load: Returns the engine; called once, in the owner thread.
+        admission: Refuses what does not fit the memory; None admits everything.
+        cache_bytes: Most bytes of keys and values kept between turns.
+        concurrent: Most turns at once, 1 to 16; others wait in the order they came.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        *,
+        admission: Memory | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        concurrent: int = CONCURRENT,
+    ):
+        if not 1 <= concurrent <= MOST_AT_ONCE:
+            raise ValueError(f"concurrent: expected 1 to {MOST_AT_ONCE}, got {concurrent}")
+        if cache_bytes < 0:
+            raise ValueError(f"cache_bytes: expected a number >= 0, got {cache_bytes}")
+        self._admission = admission
+        self._owner = Owner(load, memory=admission, cache_bytes=cache_bytes, concurrent=concurrent)
+
+    @classmethod
+    def open(
+        cls,
+        name: str = library.DEMO,
+        *,
+        kernels: Literal["auto", "on", "off"] = "auto",
+        cache_bytes: int = CACHE_BYTES,
+        concurrent: int = CONCURRENT,
+        memory_limit_bytes: int | None = None,
+    ) -> "Runtime":
+        """Load a model; close the runtime, or leave its `with` block, to free the memory.
+
+        Args:
+            name: "demo", "20b", "120b", a folder, or a hub id that was downloaded.
+            kernels: See `load_model`.
+            cache_bytes: Most bytes of keys and values kept between turns.
+            concurrent: Most turns at once, 1 to 16; others wait in the order they came.
+            memory_limit_bytes: What everything may take; None asks the machine.
+
+        Raises:
+            ModelNotFoundError: No such model here; says how to get it.
+            MachineError: It does not fit the memory.
+            GptOssError: The model cannot be loaded; see `load_model`.
+        """
+        folder, record = library.find_model(name), library.kernel_record()
+        return cls(
+            lambda: harmony_engine(model.load_model(folder, kernels=kernels, kernel_record=record)),
+            admission=memory.memory_of(folder, limit_bytes=memory_limit_bytes),
+            cache_bytes=cache_bytes,
+            concurrent=concurrent,
+        )
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        instructions: str | None = None,
+        reasoning: Effort | None = None,
+        tools: Tools = (),
+        response_format: Answers | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Stream:
+        """Start a turn; its events arrive as they happen, `TurnDone` last.
+
+        Args:
+            messages: A question, or the messages so far, ours or chat dictionaries.
+            instructions: The app's own prompt.
+            reasoning: How long to think; medium if None.
+            tools: What the model may call.
+            response_format: What the answer must look like.
+            max_tokens: Most tokens to write; None: as many as context and memory hold.
+            sampling: How to choose tokens; default: temperature 1, nothing filtered.
+
+        Returns:
+            The events; close it to cancel. What goes wrong later is raised while it is read.
+
+        Raises:
+            HarmonyError: The messages cannot be understood; see `read_conversation`.
+            MachineError: The turn does not fit the memory.
+            RuntimeClosedError: The runtime is closed, or was opened before a fork.
+        """
+        return Stream(
+            self._submit(
+                messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+            )
+        )
+
+    def astream(
+        self,
+        messages: Messages,
+        *,
+        instructions: str | None = None,
+        reasoning: Effort | None = None,
+        tools: Tools = (),
+        response_format: Answers | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> AsyncStream:
+        """`stream` for `async for`, in any event loop."""
+        return AsyncStream(
+            self._submit(
+                messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+            )
+        )
+
+    def respond(
+        self,
+        messages: Messages,
+        *,
+        instructions: str | None = None,
+        reasoning: Effort | None = None,
+        tools: Tools = (),
+        response_format: Answers | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Reply:
+        """`stream` to its end; returns what it came to."""
+        outbox = self._submit(
+            messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+        )
+        with Stream(outbox) as stream:
+            return stream.reply()
+
+    async def arespond(
+        self,
+        messages: Messages,
+        *,
+        instructions: str | None = None,
+        reasoning: Effort | None = None,
+        tools: Tools = (),
+        response_format: Answers | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Reply:
+        """`respond` without blocking the event loop; cancelling the task cancels the turn."""
+        outbox = self._submit(
+            messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+        )
+        async with AsyncStream(outbox) as stream:
+            return await stream.reply()
+
+    def run_tools(
+        self,
+        messages: Sequence[Message | dict[str, Any]] | str,
+        functions: Sequence[Callable[..., Any]],
+        *,
+        instructions: str | None = None,
+        reasoning: Effort | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        max_rounds: int = 8,
+    ) -> ToolRun:
+        """Respond, calling Python functions for the model until it answers.
+
+        Args:
+            messages: As in `stream`, without a system message of our own.
+            functions: Documented and annotated; called in the caller's thread. See
+                `tools.describe`.
+            instructions: See `stream`.
+            reasoning: See `stream`.
+            max_tokens: Of each reply.
+            sampling: See `stream`.
+            max_rounds: Most replies.
+
+        Raises:
+            HarmonyError: A function cannot be described; else see `stream`.
+        """
+        if max_rounds < 1:
+            raise ValueError(f"max_rounds: expected a number >= 1, got {max_rounds}")
+        named = {function.__name__: function for function in functions}
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        tools, new = [describe(function) for function in functions], []
+        while True:
+            reply = self.respond(
+                [*given, *new],
+                instructions=instructions,
+                reasoning=reasoning,
+                tools=tools,
+                max_tokens=max_tokens,
+                sampling=sampling,
+            )
+            new += reply.messages
+            max_rounds -= 1
+            if reply.finish_reason is not FinishReason.TOOL_CALLS or not max_rounds:
+                return ToolRun(reply=reply, messages=tuple(new))
+            new += [
+                tool_result(made.recipient, call(named[made.name], made.arguments))
+                for made in reply.tool_calls
+            ]
+
+    def close(self) -> None:
+        """Cancel every turn and free the memory; does nothing the second time."""
+        self._owner.close()
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(
+        self,
+        messages: Messages,
+        instructions: str | None,
+        reasoning: Effort | None,
+        tools: Tools,
+        response_format: Answers | None,
+        max_tokens: int | None,
+        sampling: SamplingParams | None,
+    ) -> Outbox:
+        self._owner.check()
+        conversation = read_conversation(
+            messages,
+            date=date.today().isoformat(),
+            instructions=instructions,
+            reasoning=reasoning,
+            tools=tools,
+            response_format=response_format,
+        )
+        prompt = prepare_prompt(conversation.messages)
+        context = len(prompt.tokens)
+        if self._admission is not None:
+            context = self._admission.grant(context, max_tokens)
+            max_tokens = max_tokens or max(context - len(prompt.tokens), 1)
+        outbox = Outbox(self._owner.wake)
+        self._owner.submit(
+            Task(
+                prompt=prompt,
+                head=prompt.ends[conversation.head - 1],
+                recipients=conversation.recipients,
+                sampling=(sampling or SamplingParams()).seeded(),
+                max_tokens=max_tokens,
+                context=context,
+                outbox=outbox,
+            )
+        )
+        return outbox
