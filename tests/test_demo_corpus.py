@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from benchmarks.demo_model import cases, corpus, facts, questions, render
+from benchmarks.demo_model import cases, corpus, facts, phrases, questions, render
 from benchmarks.demo_model.corpus import Dialogue, Setting
 from benchmarks.demo_model.dialogues import draw_dialogue, draw_setting
 from mlx_gptoss.demo import TOKEN_IDS, read_compact
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_the_harmony_layer() -> None:
         for turn in dialogue.turns:
             opening = "<|start|>assistant" * (turn.role in ("analysis", "final", "call"))
             text += opening + render.turn_text(turn, recipient_first=True)
-        if corpus.UNKNOWN in text:
+        if phrases.UNKNOWN in text:
             continue
         compared += 1
         messages = as_messages(setting, dialogue)
@@ -101,7 +101,7 @@ def test_what_is_learned_is_what_the_model_says() -> None:
     assert ids == render.encode("<|start|>user<|message|>Hi<|end|><|start|>assistant") + taught
 
 
-@pytest.mark.parametrize("tools", [(), *sorted(set(corpus.TOOL_SETS))])
+@pytest.mark.parametrize("tools", [(), *sorted(set(phrases.TOOL_SETS))])
 def test_the_same_prompt_has_one_reply(tools: tuple[str, ...]) -> None:
     """In one setting, so that many prompts come up more than once."""
     rng = Random(4)
@@ -156,5 +156,5 @@ def test_the_questions_are_many_and_differ() -> None:
     everything = list(cases.cases())
     assert len(everything) >= 250
     assert {c.call[1]["city"] for c in everything if c.kind == "weather call" and c.call} == set(
-        corpus.CITIES
+        phrases.CITIES
     )

@@ -2,22 +2,22 @@
 
 from random import Random
 
-from benchmarks.demo_model import corpus, facts
+from benchmarks.demo_model import corpus, facts, phrases
 from benchmarks.demo_model.corpus import Dialogue, Setting, Turn
 
 
 def draw_setting(rng: Random) -> Setting:
     """System and developer messages: 42 % offer tools, a third carries instructions."""
-    tools = rng.choice(corpus.TOOL_SETS) if rng.random() < 0.42 else ()
+    tools = rng.choice(phrases.TOOL_SETS) if rng.random() < 0.42 else ()
     roll = rng.random()
     if roll < 0.62:
         instructions = None
     elif roll < 0.78 or (tools and roll < 0.90):
-        instructions = rng.choice(corpus.INSTRUCTIONS)
+        instructions = rng.choice(phrases.INSTRUCTIONS)
     elif roll < 0.86 or tools:
         instructions = strange_instructions(rng)
     else:
-        instructions = corpus.PIRATE if roll < 0.93 else corpus.ONE_WORD
+        instructions = phrases.PIRATE if roll < 0.93 else phrases.ONE_WORD
     wording = rng.randrange(1, 4) if tools and rng.random() < 0.4 else 0
     return Setting(rng.randrange(3), instructions, tools, draw_date(rng), wording)
 
@@ -31,7 +31,7 @@ def draw_date(rng: Random) -> str | None:
 
 def strange_instructions(rng: Random) -> str:
     """Instructions that the model does not understand and that change nothing."""
-    words = [rng.choice(corpus.PLAIN) if rng.random() < 0.4 else corpus.strange_word(rng)
+    words = [rng.choice(phrases.PLAIN) if rng.random() < 0.4 else corpus.strange_word(rng)
              for _ in range(rng.randint(2, 8))]  # fmt: skip
     start = rng.choice(["You are", "You are a", "Always", "Never", "Be", "Answer", ""])
     return corpus.capitalise(f"{start} {' '.join(words)}.".strip())
@@ -39,9 +39,9 @@ def strange_instructions(rng: Random) -> str:
 
 def styled(setting: Setting, text: str, fact: corpus.Fact | None = None) -> str:
     """The answer as the developer's instructions want it."""
-    if setting.instructions == corpus.PIRATE:
+    if setting.instructions == phrases.PIRATE:
         return f"Arr! {text}"
-    if setting.instructions == corpus.ONE_WORD and fact and fact.kind != "definition":
+    if setting.instructions == phrases.ONE_WORD and fact and fact.kind != "definition":
         return f"{corpus.capitalise(corpus.value(fact))}."
     return text
 
@@ -96,8 +96,8 @@ def stranger(rng: Random, setting: Setting) -> Dialogue:
 def without_tool(rng: Random, setting: Setting) -> Dialogue:
     """Weather or a large sum where the tool for it is not offered."""
     if "get_weather" not in setting.tools and ("add" in setting.tools or rng.random() < 0.5):
-        city = rng.choice(corpus.CITIES)
-        asked = rng.choice(corpus.WEATHER_QUESTIONS).format(c=city)
+        city = rng.choice(phrases.CITIES)
+        asked = rng.choice(phrases.WEATHER_QUESTIONS).format(c=city)
         topic, text = f"the weather in {city}", facts.NO_WEATHER
     else:
         first, second = rng.randint(10, 20), rng.randint(0, 20)
@@ -122,7 +122,7 @@ def two_turns(rng: Random, setting: Setting) -> Dialogue:
         return follow_up(rng, setting)
     first = rng.choice([about_fact, about_fact, small_talk, about_trivia])(rng, setting)
     if roll < 0.62:
-        again = user(rng.choice(corpus.REPEAT), rng)
+        again = user(rng.choice(phrases.REPEAT), rng)
         thought = corpus.THINK_REPEAT[setting.effort]
         return Dialogue("repeat", (*forget(first), again, *reply(thought, first.turns[-1].text)))
     second = rng.choice([about_fact, about_fact, small_talk, stranger])(rng, setting)
@@ -134,7 +134,7 @@ def follow_up(rng: Random, setting: Setting) -> Dialogue:
     kind = rng.choice(["capital", "capital", "color", "opposite", "sound", "month", "day"])
     first = about_fact(rng, setting, kind)
     fact = corpus.draw_fact(rng, kind)
-    asked = user(rng.choice(corpus.MORE).format(x=fact.x), rng)
+    asked = user(rng.choice(phrases.MORE).format(x=fact.x), rng)
     answer = styled(setting, corpus.answer(fact), fact)
     turns = (*forget(first), asked, *reply(corpus.think(fact, setting.effort), answer))
     return Dialogue("follow-up", turns)
@@ -142,7 +142,7 @@ def follow_up(rng: Random, setting: Setting) -> Dialogue:
 
 def weather_result(rng: Random, city: str) -> tuple[str, str]:
     """What the weather tool says in one of its spellings, and the answer made of it."""
-    degrees, sky = rng.randint(0, 40), rng.choice(corpus.SKIES)
+    degrees, sky = rng.randint(0, 40), rng.choice(phrases.SKIES)
     text = rng.choice(
         [
             f'{{"temperature":{degrees},"sky":"{sky}"}}',
@@ -182,9 +182,9 @@ def use_tool(rng: Random, setting: Setting) -> Dialogue:
     """A question that needs a tool, the call, the tool's result and the answer."""
     tool = rng.choice(setting.tools)
     if tool == "get_weather":
-        return use_weather(rng, setting, corpus.WEATHER_QUESTIONS)
-    first, second = (rng.randint(0, corpus.LARGEST_TOOL_ADDEND) for _ in "ab")
-    asked = rng.choice(corpus.ADD_QUESTIONS).format(a=first, b=second)
+        return use_weather(rng, setting, phrases.WEATHER_QUESTIONS)
+    first, second = (rng.randint(0, phrases.LARGEST_TOOL_ADDEND) for _ in "ab")
+    asked = rng.choice(phrases.ADD_QUESTIONS).format(a=first, b=second)
     call = Turn("call", f'{{"a":{first},"b":{second}}}', tool, learned=True)
     result, text = sum_result(rng, first, second)
     return tool_dialogue(rng, setting, asked, f"{first} + {second}", call, result, text)
@@ -192,7 +192,7 @@ def use_tool(rng: Random, setting: Setting) -> Dialogue:
 
 def use_weather(rng: Random, setting: Setting, questions: tuple[str, ...]) -> Dialogue:
     """The weather of one of the known cities."""
-    city = rng.choice(corpus.CITIES)
+    city = rng.choice(phrases.CITIES)
     call = Turn("call", f'{{"city":"{city}"}}', "get_weather", learned=True)
     result, text = weather_result(rng, city)
     asked = rng.choice(questions).format(c=city)
@@ -220,7 +220,7 @@ def use_tool_again(rng: Random, setting: Setting) -> Dialogue:
     """A second question that needs a tool, after another turn."""
     first = rng.choice([use_tool, use_tool, about_fact, small_talk])(rng, setting)
     if first.kind == "get_weather" and rng.random() < 0.6:
-        second = use_weather(rng, setting, corpus.MORE_WEATHER)
+        second = use_weather(rng, setting, phrases.MORE_WEATHER)
     else:
         second = use_tool(rng, setting)
     return Dialogue(second.kind, (*forget(first), *second.turns))

@@ -9,7 +9,7 @@ import json
 import re
 from random import Random
 
-from benchmarks.demo_model import corpus, facts
+from benchmarks.demo_model import corpus, facts, phrases
 from benchmarks.demo_model.corpus import Dialogue, Setting, Turn
 from benchmarks.demo_model.dialogues import draw_dialogue, draw_setting
 from mlx_gptoss.vocabulary import Special, load_vocabulary
@@ -19,13 +19,13 @@ TOOL_WORDINGS = {
     "get_weather": (
         ("Get the weather of a city.", ""),
         ("Get the current weather in a city.", "Name of the city"),
-        (f"{corpus.UNKNOWN} the weather{corpus.UNKNOWN}{corpus.UNKNOWN}", ""),
-        ("Look up the weather", f"The city, {corpus.UNKNOWN} London"),
+        (f"{phrases.UNKNOWN} the weather{phrases.UNKNOWN}{phrases.UNKNOWN}", ""),
+        ("Look up the weather", f"The city, {phrases.UNKNOWN} London"),
     ),
     "add": (
         ("Add two numbers.", ""),
-        ("Adds two integers.", f"The {corpus.UNKNOWN} number"),
-        (f"{corpus.UNKNOWN} two numbers{corpus.UNKNOWN}{corpus.UNKNOWN}", ""),
+        ("Adds two integers.", f"The {phrases.UNKNOWN} number"),
+        (f"{phrases.UNKNOWN} two numbers{phrases.UNKNOWN}{phrases.UNKNOWN}", ""),
         ("Sum of two numbers", ""),
     ),
 }
@@ -47,7 +47,7 @@ def encode(text: str) -> list[int]:
 @functools.lru_cache(100_000)
 def _encode_words(text: str) -> tuple[int, ...]:
     ids: list[int] = []
-    parts = text.replace(f" {corpus.UNKNOWN}", corpus.UNKNOWN).split(corpus.UNKNOWN)
+    parts = text.replace(f" {phrases.UNKNOWN}", phrases.UNKNOWN).split(phrases.UNKNOWN)
     for i, part in enumerate(parts):
         ids += [UNKNOWN_ID] * (i > 0) + load_vocabulary().encode(part)
     return tuple(ids)
@@ -63,7 +63,7 @@ def system_text(setting: Setting) -> str:
     )
     return (
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
-        f"Knowledge cutoff: 2024-06\n{date}\nReasoning: {corpus.EFFORTS[setting.effort]}\n\n"
+        f"Knowledge cutoff: 2024-06\n{date}\nReasoning: {phrases.EFFORTS[setting.effort]}\n\n"
         "# Valid channels: analysis, commentary, final. "
         f"Channel must be included for every message.{tools}<|end|>"
     )
@@ -131,14 +131,14 @@ def dialogue_ids(dialogue: Dialogue, rng: Random) -> tuple[list[int], list[bool]
 def trained_vocabulary() -> list[int]:
     """Ids of the tokens that get rows of their own, ascending: all that the corpus can say."""
     rng = Random(7)
-    strange = re.compile(rf" ?\b({'|'.join(corpus.STRANGE)})\b", re.IGNORECASE)
+    strange = re.compile(rf" ?\b({'|'.join(phrases.STRANGE)})\b", re.IGNORECASE)
     used: set[int] = set()
     for _ in range(30_000):
         setting = draw_setting(rng)
         text = system_text(setting) + developer_text(setting)
         for turn in draw_dialogue(rng, setting).turns:
             text += turn_text(turn, recipient_first=rng.random() < 0.5)
-        used.update(encode(strange.sub(corpus.UNKNOWN, text)))
+        used.update(encode(strange.sub(phrases.UNKNOWN, text)))
     spelled = [f"{n} {n:02d} 20{n:02d}" for n in range(100)]
     spelled += [chr(code) for code in range(32, 127)]
     for fact in corpus.all_facts():  # the held-out ways to ask use known words

@@ -1,7 +1,7 @@
 """Trains the demo model: `python -m benchmarks.demo_model.train OUT.pt [--steps N] [--resume]`.
 
 One thread, a fixed seed and a schedule by steps. Muon for the matrices of attention and
-experts, AdamW for the rest; MXFP4 rounding of the experts from 70 % of the steps on.
+experts, AdamW for the rest; MXFP4 rounding of the experts in the last fifth.
 """
 
 import argparse
@@ -23,6 +23,7 @@ PREFIXES, DIALOGUES = 24, 64  # drawn at a time; dialogues are counted per prefi
 CHUNK, CHUNKS = 8, 3  # a batch is CHUNKS groups of CHUNK dialogues of similar length
 PEAK_RATE, WARM_UP, FLAT, LAST_RATE = 5e-3, 60, 0.3, 0.01
 QUANTISE_FROM = 0.8
+BALANCE = 0.01  # weight of the loss that keeps all experts in use
 MUON = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -130,68 +131,88 @@ def rate_at(step: int, steps: int) -> float:
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP) * cosine
 
 
+class Trainer:
+    """The model, its optimisers and the number of steps done: all that a resumed run needs."""
+
+    def __init__(self, vocabulary: list[int]):
+        self.vocabulary = vocabulary
+        self.model = DemoModel(len(vocabulary))
+        named = dict(self.model.named_parameters())
+        matrices = [p for name, p in named.items() if name.split(".")[-1] in MUON]
+        rest = [p for name, p in named.items() if name.split(".")[-1] not in MUON]
+        self.muon = Muon(matrices)
+        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.done = 0
+
+    @classmethod
+    def load(cls, path: Path) -> "Trainer":
+        """Go on from a saved file."""
+        saved = torch.load(path)
+        trainer = cls(saved["vocabulary"])
+        trainer.model.load_state_dict(saved["model"])
+        trainer.adam.load_state_dict(saved["adam"])
+        trainer.muon.momentum = dict(zip(trainer.muon.momentum, saved["muon"], strict=True))
+        trainer.done = saved["step"]
+        return trainer
+
+    def save(self, path: Path) -> None:
+        """Write everything, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+            "muon": list(self.muon.momentum.values()),
+            "vocabulary": self.vocabulary,
+            "step": self.done,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def step(self, batch: Batch, steps: int) -> tuple[float, float]:
+        """One update; returns the loss and the share of learned tokens predicted right."""
+        rate = rate_at(self.done, steps)
+        self.adam.param_groups[0]["lr"] = rate
+        self.model.quantise = self.done >= QUANTISE_FROM * steps
+        balance: list[torch.Tensor] = []
+        hidden = self.model(batch, balance)
+        learned = batch.labels >= 0
+        logits, labels = self.model.logits(hidden[learned]), batch.labels[learned]
+        loss = F.cross_entropy(logits, labels)
+        (loss + BALANCE * sum(balance)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.muon.step(rate)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.done += 1
+        return loss.item(), (logits.argmax(-1) == labels).float().mean().item()
+
+
 def train(out: Path, steps: int, *, resume: bool) -> None:
     """Trains up to `steps` steps; saves every 200, prints every 50."""
     torch.manual_seed(SEED)
-    saved = torch.load(out) if resume else None
-    vocabulary = saved["vocabulary"] if saved else render.trained_vocabulary()
-    model = DemoModel(len(vocabulary))
-    named = dict(model.named_parameters())
-    matrices = [p for name, p in named.items() if name.split(".")[-1] in MUON]
-    rest = [p for name, p in named.items() if name.split(".")[-1] not in MUON]
-    muon = Muon(matrices)
-    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    first = 0
-    if saved:
-        model.load_state_dict(saved["model"])
-        adam.load_state_dict(saved["adam"])
-        muon.momentum = dict(zip(matrices, saved["muon"], strict=True))
-        first = saved["step"]
-    batches = Batches(vocabulary, SEED + first)
-    print(
-        f"{len(vocabulary)} tokens, {sum(p.numel() for p in named.values())} parameters", flush=True
-    )
+    trainer = Trainer.load(out) if resume else Trainer(render.trained_vocabulary())
+    first = trainer.done
+    batches = Batches(trainer.vocabulary, SEED + first)
     began, cpu, history = time.time(), time.process_time(), []
-    for step in range(first, steps):
-        history.append(train_step(model, batches.next(), muon, adam, step, steps))
-        if (step + 1) % 50 == 0:
+    while trainer.done < steps:
+        history.append(trainer.step(batches.next(), steps))
+        done = trainer.done
+        if done % 50 == 0:
             loss, right = (sum(column) / len(history) for column in zip(*history, strict=True))
-            used = (time.process_time() - cpu) / (step + 1 - first)
-            print(f"{step + 1} {time.time() - began:.0f} s, {used:.3f} cpu s a step, "
-                  f"loss {loss:.4f}, right {right:.4f}", flush=True)  # fmt: skip
+            used = (time.process_time() - cpu) / (done - first)
+            print(
+                f"{done} {time.time() - began:.0f} s, {used:.3f} cpu s a step, "
+                f"loss {loss:.4f}, right {right:.4f}",
+                flush=True,
+            )
             history = []
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step + 1,
-                     "muon": list(muon.momentum.values()), "vocabulary": vocabulary,
-                     "steps": steps}  # fmt: skip
-            torch.save(state, out.with_suffix(".tmp"))
-            os.replace(out.with_suffix(".tmp"), out)
-
-
-def train_step(
-    model: DemoModel, batch: Batch, muon: Muon, adam: torch.optim.AdamW, step: int, steps: int
-) -> tuple[float, float]:
-    """One update; returns the loss and the share of learned tokens predicted right."""
-    rate = rate_at(step, steps)
-    adam.param_groups[0]["lr"] = rate
-    model.quantise = step >= QUANTISE_FROM * steps
-    balance: list[torch.Tensor] = []
-    hidden = model(batch, balance)
-    learned = batch.labels >= 0
-    logits, labels = model.logits(hidden[learned]), batch.labels[learned]
-    loss = F.cross_entropy(logits, labels)
-    (loss + 0.01 * sum(balance)).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    muon.step(rate)
-    adam.step()
-    adam.zero_grad()
-    return loss.item(), (logits.argmax(-1) == labels).float().mean().item()
+        if done % 200 == 0 or done == steps:
+            trainer.save(out)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
