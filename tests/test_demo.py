@@ -39,6 +39,7 @@ from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.turn import Reply, Turn, harmony_engine
 from mlx_gptoss.weight_files import read_tensors
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = TinyShape(hidden=128, inter=192, experts=8, vocab=201088)
 GET_WEATHER = ToolDescription(
     name="get_weather",
@@ -273,3 +274,12 @@ def test_the_scored_tokens_are_the_engine_s(engine: Engine) -> None:
         (asked, *_) = trial.messages
         reply, events = ask(engine, asked, temperature=float(trial.seed is not None), seed=7)
         assert trial.text == reply.text and trial.events == events
+
+
+def test_the_scores_are_those_of_the_shipped_file() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo_model.json").read_text())
+    assert record["model_sha256"] == demo.DEMO_SHA256
+    right, asked = map(int, record["right"]["all"]["0"].split("/"))
+    assert asked >= 250 and right / asked >= 0.97
+    right, asked = map(int, record["right"]["all"]["1"].split("/"))
+    assert right / asked >= 0.9
