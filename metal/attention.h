@@ -22,6 +22,10 @@ METAL_FUNC ushort lane_of(uint row, uint pair) {
   return ushort((row & 4) << 2 | (row & 3) << 1 | (pair & 2) << 2 | (pair & 1));
 }
 
+// The score of a key that is not seen, and the maximum over none. Not -inf: what the fast exp2 makes of
+// infinities is not promised.
+constant constexpr float NEVER = -1e30f;
+
 // The running softmax of one simdgroup, scores in log2 units.
 template <typename T, int GROUP>
 struct Attention {
@@ -39,7 +43,7 @@ struct Attention {
                     head + 1 < GROUP ? float(heads[(head + 1) * 64 + dim]) : 0.0f) * scale;
       out[d] = 0;
     }
-    top = -INFINITY;
+    top = NEVER;
     total = 0;
   }
 
@@ -47,14 +51,14 @@ struct Attention {
   // read, so they must be rows with numbers in them.
   METAL_FUNC void tile(const thread uint* keys, const thread bool* seen, const device T* k, const device T* v) {
     float2 scores[4];
-    float2 best = -INFINITY;
+    float2 best = NEVER;
     UNROLL for (int i = 0; i < 4; i++) {
       float x[16];
       load<8>(k + keys[i] * 64 + 8 * pair, x);
       load<8>(k + keys[i] * 64 + 32 + 8 * pair, x + 8);
       float2 score = 0;  // in an array element it would not stay in registers
       UNROLL for (int d = 0; d < 8; d++) score = multiply_add(float2(x[2 * d], x[2 * d + 1]), q[d], score);
-      scores[i] = seen[i] ? score : float2(-INFINITY);
+      scores[i] = seen[i] ? score : float2(NEVER);
       best = max(best, scores[i]);
     }
     best = max(best, simd_shuffle_xor(best, ushort(2)));
@@ -75,7 +79,7 @@ struct Attention {
     }
   }
 
-  // Takes a new maximum. Only a tile with a seen key may come here: -inf - -inf is no number.
+  // Takes a new maximum. Only a tile with a seen key may come here, or its unseen keys would count.
   METAL_FUNC void raise(float2 highest) {
     const float2 factor = metal::fast::exp2(top - highest);
     if (simd_any(highest.x > top.x || highest.y > top.y)) {
@@ -106,5 +110,5 @@ struct Attention {
   }
 };
 
-// exp2(value - top), and 0 where nothing was seen (both -inf).
-METAL_FUNC float share(float value, float top) { return value == -INFINITY ? 0.0f : metal::fast::exp2(value - top); }
+// exp2(value - top), and 0 where nothing was seen, also if nothing was seen anywhere.
+METAL_FUNC float share(float value, float top) { return value <= NEVER ? 0.0f : metal::fast::exp2(value - top); }

@@ -3,7 +3,7 @@
 //   over the keys i of split s: rows [0, base) of the frozen segment, then rows [0, slot] of the append segment
 // Inputs:    q (B,HKV*GROUP,64) T; frozen keys and values (B,HKV,CAP,64) T; append keys and values (B,HKV,ROWS,64) T;
 //            control (B,8) i32: position, base, slot
-// Output:    sums (B,HQ,SPLITS,64) f32; ends (B,HQ,SPLITS,2) f32: m and l; a split without keys writes -inf, 0
+// Output:    sums (B,HQ,SPLITS,64) f32; ends (B,HQ,SPLITS,2) f32: m and l; a split without keys writes -1e30, 0
 // Grid:      HKV x SPLITS x B threadgroups of SIMDS simdgroups. One group serves all query heads of a KV head, so K and V
 //            are read once. 4 simdgroups: small enough that several groups share a core, 8 KB in flight each. Capacity
 //            and splits are no constants: a growing cache must not compile a kernel at each of its sizes.
@@ -46,7 +46,7 @@ METAL_FUNC void attention_decode(
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = thread_id; i < GROUP * 64; i += SIMDS * 32) {
     const uint head = i / 64, out = ((b * HKV + kv) * GROUP + head) * splits + split;
-    float top = -INFINITY, sum = 0, total = 0;
+    float top = NEVER, sum = 0, total = 0;
     UNROLL for (uint s = 0; s < SIMDS; s++) top = max(top, shared_ends[s * 16 + 2 * head]);
     UNROLL for (uint s = 0; s < SIMDS; s++) {
       const float factor = share(shared_ends[s * 16 + 2 * head], top);

@@ -23,8 +23,8 @@ METAL_FUNC float gumbel(uint low, uint high, uint position, uint id) {
   low = mix(low + 0x9E3779B9u);
   const uint a = mix(low ^ position), b = mix(mix(high ^ low) + a);
   const uint bits = mix(mix(id + a) ^ b);
-  const float w = min((float(bits) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f), rest = 1.0f - w;
-  // -log(1 - w), exact for small w too: the rounding of `rest` cancels in the ratio (Goldberg 1991, theorem 4)
+  const float w = min((float(bits) + 0.5f) * 2.3283064365386963e-10f, 0.99999994f), rest = 1.0f - w;
+  // w = bits / 2^32, below 1; -log(1 - w), exact for small w too: the rounding of `rest` cancels in the ratio (Goldberg 1991, theorem 4)
   const float exponential = rest == 1.0f ? w : -metal::log(rest) * (w / (1.0f - rest));
   return -metal::log(exponential);
 }
