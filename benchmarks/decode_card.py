@@ -36,6 +36,7 @@ from benchmarks.graph import (  # noqa: E402
     Counted,
     count_graph,
     mlx_lm_counts,
+    mlx_lm_host_ms,
     stand_in_kernels,
 )
 from mlx_gptoss.checkpoint import expected_tensors  # noqa: E402
@@ -192,7 +193,7 @@ def card(name: str, dense: str) -> dict[str, Any]:
             "kernels_per_token": peer.kernels,
             "dependent_dispatches_per_layer": round(peer.depth / layers, 2),
             "bytes_per_token": {c: weights + read for c, read in peer_reads.items()},
-            "host_build_cpu_ms": peer.host_ms,
+            "host_build_cpu_ms": mlx_lm_host_ms(config, dense),
         },
         "weight_bytes_per_token": parts,
         "kv_bytes_per_token": kv,

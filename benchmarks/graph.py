@@ -116,14 +116,18 @@ def mlx_lm_counts(config: ModelConfig, dense: str) -> Counted:
     """
     with _fused_primitives():
         two, four = (_mlx_lm_step(config, dense, layers) for layers in (2, 4))
-        pairs = (config.num_hidden_layers - 2) // 2
-        whole = _mlx_lm_step(config, dense, config.num_hidden_layers)
+    pairs = (config.num_hidden_layers - 2) // 2
     return Counted(
         kernels=two.kernels + pairs * (four.kernels - two.kernels),
         depth=two.depth + pairs * (four.depth - two.depth),
-        inputs=whole.inputs,
-        host_ms=whole.host_ms,
+        inputs=two.inputs + pairs * (four.inputs - two.inputs),
     )
+
+
+def mlx_lm_host_ms(config: ModelConfig, dense: str) -> float | None:
+    """Median CPU time to build one of its steps with all layers, in ms."""
+    with _fused_primitives():
+        return _mlx_lm_step(config, dense, config.num_hidden_layers).host_ms
 
 
 @contextmanager

@@ -89,14 +89,16 @@ def test_header_has_every_field(stem: str) -> None:
 def test_address_spaces(
     stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one row, where MLX passes small inputs as `constant`, and with nine."""
-    for batch in (1, 9):
+    """With one row, where MLX passes the token as `constant`, and with nine."""
+    for batch in (1, 9) if stem == "embed" else (1,):
         name, text = metal_text(stem, replace(Sizes(), batch=batch), dtype, dense, monkeypatch)
         check_strict(text, name)
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
-@pytest.mark.parametrize(("stem", "dtype", "dense"), FORMS)
+@pytest.mark.parametrize(
+    ("stem", "dtype", "dense"), [form for form in FORMS if form[1] != "float32"]
+)
 def test_arrays_stay_in_registers(
     stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
