@@ -10,112 +10,29 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gptoss._version import __version__
+from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import ModelConfig
-from mlx_gptoss.engine import Engine
+from mlx_gptoss.library import kernel_record
 from mlx_gptoss.machine import Machine
-from mlx_gptoss.model import Model
+from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.roofline import limit_tok_per_s
 from mlx_gptoss.routes import sample_prompt
-from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.transcripts import weights_digest
 
 VERSION = 1  # of the record
-OURS, PEER = "mlx-gptoss", "mlx-lm"
 METRICS = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_s")
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One generation: speeds in tokens/s, time to first token in seconds."""
-
-    prefill_tok_per_s: float
-    decode_tok_per_s: float
-    ttft_s: float
-    peak_memory_bytes: int
-
-
-class Runner(Protocol):
-    """An engine that can be measured."""
-
-    name: str
-
-    def run(self, prompt: Sequence[int], answer: int) -> Run:
-        """Generate `answer` tokens greedily after a prompt, from an empty cache."""
-        ...
-
-
-class OurRunner:
-    """This package's engine.
-
-    Args:
-        model: the model.
-    """
-
-    name = OURS
-
-    def __init__(self, model: Model) -> None:
-        self._engine = Engine(model)
-
-    def run(self, prompt: Sequence[int], answer: int) -> Run:
-        """See `Runner`."""
-        mx.reset_peak_memory()
-        greedy = SamplingParams(temperature=0)
-        with self._engine.generate(prompt, sampling=greedy, max_tokens=answer) as generation:
-            for _ in generation:
-                pass
-        stats = generation.stats
-        assert stats.ttft_s and stats.prefill_tok_per_s and stats.decode_tok_per_s
-        return Run(
-            prefill_tok_per_s=stats.prefill_tok_per_s,
-            decode_tok_per_s=stats.decode_tok_per_s,
-            ttft_s=stats.ttft_s,
-            peak_memory_bytes=stats.peak_memory_bytes,
-        )
-
-
-class PeerRunner:
-    """mlx-lm on the same arrays: nothing is held twice, and the weights are surely the same.
-
-    Args:
-        checkpoint: of the folder that both read.
-        weights: as `Checkpoint.load` returned them to our model.
-    """
-
-    name = PEER
-
-    def __init__(self, checkpoint: Checkpoint, weights: Mapping[str, mx.array]) -> None:
-        from mlx_lm.generate import generate_step
-        from mlx_lm.utils import load_model
-
-        self._model, _ = load_model(checkpoint.folder, lazy=True)
-        self._model.load_weights(list(weights.items()))
-        self._generate = generate_step
-
-    def run(self, prompt: Sequence[int], answer: int) -> Run:
-        """See `Runner`."""
-        mx.reset_peak_memory()
-        began, times = time.perf_counter(), []
-        for _ in self._generate(mx.array(list(prompt)), self._model, max_tokens=answer):
-            times.append(time.perf_counter())
-        ttft_s = times[0] - began
-        return Run(
-            prefill_tok_per_s=len(prompt) / ttft_s,
-            decode_tok_per_s=(len(times) - 1) / (times[-1] - times[0]),
-            ttft_s=ttft_s,
-            peak_memory_bytes=mx.get_peak_memory(),
-        )
 
 
 def bench(
@@ -142,14 +59,12 @@ def bench(
         progress: called with (phase, runs done, runs in all).
     """
     checkpoint, began = open_checkpoint(folder), time.perf_counter()
-    weights = checkpoint.load()
-    model = Model(checkpoint.config, weights, quantization=checkpoint.quantization)
-    mx.eval(model.arrays)
+    model = load_model(folder, kernel_record=kernel_record())
     load_s = time.perf_counter() - began
     runners: list[Runner] = [OurRunner(model)]
     cold = runners[0].run(sample_prompt(checkpoint.config, depths[0]), answer)
     if compare:
-        runners.append(PeerRunner(checkpoint, weights))
+        runners.append(PeerRunner(folder, model))
     results, total = [], len(depths) * len(runners) * (repeats + 1)
     for depth in depths:
         prompt = sample_prompt(checkpoint.config, depth)
@@ -170,7 +85,7 @@ def bench(
         "version": VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(machine),
-        "software": _software(compare),
+        "software": _software(model, compare),
         "model": _model(name, checkpoint),
         "settings": {"depths": list(depths), "answer": answer, "repeats": repeats},
         "cold": {"load_s": load_s, **asdict(cold)},
@@ -205,11 +120,17 @@ def _hold_against_limit(
         result["share_of_limit"] = limit and result["decode_tok_per_s"]["median"] / limit
 
 
-def _software(compare: bool) -> Record:
-    found = {"mlx-gptoss": __version__, "mlx": version("mlx"), "python": platform.python_version()}
-    if compare:
-        found["mlx-lm"] = version("mlx-lm")
-    return found | {"device": str(mx.default_device()), "kernels": "MLX operations"}
+def _software(model: Model, compare: bool) -> Record:
+    kernels = model.kernels
+    found = {
+        "mlx-gptoss": __version__,
+        "mlx": version("mlx"),
+        "python": platform.python_version(),
+        "device": str(mx.default_device()),
+        "kernels": f"{len(kernels.used)} of {len(kernels.functions)}",
+        "kernels not used": "; ".join(sorted(set(kernels.fallbacks.values()))) or "none",
+    }
+    return found | ({"mlx-lm": version("mlx-lm")} if compare else {})
 
 
 def _model(name: str, checkpoint: Checkpoint) -> Record:
@@ -240,10 +161,10 @@ def _ratios(results: Sequence[Record]) -> Iterator[Record]:
 
 
 def file_name(record: Mapping[str, Any]) -> str:
-    """<chip>_<memory>_<model>.json, as results are kept in benchmarks/results."""
+    """bench_<chip>_<memory>_<model>.json, as records are kept in benchmarks/results."""
     machine = record["machine"]
     chip = (machine["cpu"] or machine["architecture"]).replace("Apple ", "")
     memory = f"{round((machine['memory_bytes'] or 0) / 2**30)}G"
     model = Path(record["model"]["name"]).name
-    text = "_".join((chip, memory, model)).lower()
+    text = "_".join(("bench", chip, memory, model)).lower()
     return "".join(c if c.isalnum() or c in "_.-" else "-" for c in text) + ".json"

@@ -10,6 +10,8 @@ from tiny import TinyShape, write_checkpoint
 from mlx_gptoss import bench as benchmark
 from mlx_gptoss import machine
 from mlx_gptoss.bench import OURS, PEER, Run, file_name
+from mlx_gptoss.bench_report import as_html
+from mlx_gptoss.bench_runs import named_arrays
 from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record
 from mlx_gptoss.chips import CHIPS, find_chip
 from mlx_gptoss.cli import main
@@ -81,18 +83,28 @@ def test_the_peer_has_the_same_weights_and_answers_alike(converted):
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import load_model
 
-    checkpoint = benchmark.open_checkpoint(converted)
-    weights = checkpoint.load()
-    ours = benchmark.PeerRunner(checkpoint, weights)
+    model = benchmark.load_model(converted)
+    ours = benchmark.PeerRunner(converted, model)
     theirs, _ = load_model(converted)
-    prompt = mx.array(benchmark.sample_prompt(checkpoint.config, 20))
+    prompt = mx.array(benchmark.sample_prompt(model.config, 20))
     tokens = [
-        [int(token) for token, _ in generate_step(prompt, model, max_tokens=5)]
-        for model in (ours._model, theirs)
+        [int(token) for token, _ in generate_step(prompt, peer, max_tokens=5)]
+        for peer in (ours._model, theirs)
     ]
     assert tokens[0] == tokens[1]
-    arrays = dict(ours._model.parameters()["model"]["norm"])
-    assert arrays["weight"] is weights["model.norm.weight"]
+    assert ours._model.parameters()["model"]["norm"]["weight"] is model.norm
+
+
+@pytest.mark.parametrize("dense", ["bf16", "q4"])
+def test_named_arrays_are_the_files(tmp_path, dense):
+    import mlx.core as mx
+
+    source = write_checkpoint(tmp_path / "source", shape=SMALL)
+    convert_checkpoint(source, tmp_path / "model", dense=dense)
+    stored = benchmark.open_checkpoint(tmp_path / "model").load()
+    named = named_arrays(benchmark.load_model(tmp_path / "model"))
+    assert named.keys() == stored.keys()
+    assert all(mx.array_equal(named[name], stored[name]) for name in named)
 
 
 def test_engines_run_in_turn(converted, monkeypatch):
@@ -138,7 +150,7 @@ def test_text_forms(record):
     assert text.count("| mlx-lm |") == 2 and "ours over mlx-lm" in text
     rows = as_csv(record).splitlines()
     assert len(rows) == 5 and len({row.count(",") for row in rows}) == 1
-    assert file_name(record) == "m4-pro_48g_tiny.json"
+    assert file_name(record) == "bench_m4-pro_48g_tiny.json"
 
 
 def metric(*runs: float) -> dict:
@@ -217,7 +229,7 @@ def test_the_command(converted, tmp_path, monkeypatch):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    saved = tmp_path / "results" / "m4-pro_48g_model.json"
+    saved = tmp_path / "results" / "bench_m4-pro_48g_model.json"
     assert json.loads(saved.read_text()) == record
     assert f"saved {saved}" in result.stderr
     result = CliRunner().invoke(main, ["bench", "diff", str(saved), str(saved)])
@@ -225,3 +237,46 @@ def test_the_command(converted, tmp_path, monkeypatch):
     wrong = CliRunner().invoke(main, ["bench", str(converted), "--depths", "0,x"])
     assert wrong.exit_code == 2
     assert wrong.stderr.startswith("Error: --depths: expected lengths such as 512,2048, got '0,x'")
+
+
+def measured_on_a_mac(*, depth: int, decode: float, layers: int = 24, experts: int = 32) -> dict:
+    """A made-up record of the 20b on an M4 Pro."""
+    result = made_up(decode, decode, depth=depth)["results"][0]
+    result |= {"share_of_limit": 0.7, "peak_memory_bytes": 15e9}
+    return {
+        "version": 1,
+        "date": "2026-11-21T20:00:00+00:00",
+        "machine": {"cpu": "Apple M4 Pro", "architecture": "arm64"},
+        "model": {
+            "name": "<20b>",
+            "layers": layers,
+            "hidden": 2880,
+            "experts": experts,
+            "dense": "bf16",
+        },
+        "results": [result],
+    }
+
+
+def test_the_report_shows_measurements_beside_predictions(record):
+    from xml.etree import ElementTree
+
+    mine = measured_on_a_mac(depth=1024, decode=51.5)
+    page = as_html([record, mine])
+    assert "2 records." in page and "&lt;20b&gt;" in page and "<20b>" not in page
+    assert page.count("mlx-gptoss, depth 1024: 51.5 tok/s") == 2  # by chip and by depth
+    assert "http" not in page.lower().replace('charset="utf-8"', "")  # nothing is fetched
+    for svg in page.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
+    assert "depth 1024" not in as_html([measured_on_a_mac(depth=1024, decode=9, layers=2)]).split(
+        "Everything"
+    )[0].replace("depth 1024, tokens/s", "")
+    assert "0 records." in as_html([])
+
+
+def test_the_report_command(tmp_path):
+    path, page = tmp_path / "a.json", tmp_path / "page.html"
+    path.write_text(json.dumps(measured_on_a_mac(depth=2048, decode=40)))
+    result = CliRunner().invoke(main, ["bench", "report", str(path), "-o", str(page)])
+    assert result.exit_code == 0 and result.stdout.strip() == str(page)
+    assert "depth 2048: 40 tok/s" in page.read_text()

@@ -120,6 +120,27 @@ def diff(*, before: Path, after: Path, as_json: bool) -> None:
     click.echo(_json({"differences": rows}) if as_json else difference_text(rows))
 
 
+@bench.command()
+@click.argument("records", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("bench.html"),
+    show_default=True,
+    metavar="FILE",
+    help="The page to write.",
+)
+def report(*, records: tuple[Path, ...], output: Path) -> None:
+    """Draw RECORDS, or all of benchmarks/results, with limits and predictions, as one HTML page."""
+    from mlx_gptoss.bench_report import as_html
+    from mlx_gptoss.bench_text import read_record
+
+    paths = records or tuple(sorted(Path(RESULTS).glob("bench_*.json")))
+    output.write_text(as_html([read_record(path) for path in paths]), encoding="utf-8")
+    click.echo(output)
+
+
 def _depths(text: str) -> list[int]:
     try:
         depths = [int(part) for part in text.split(",")]
