@@ -22,6 +22,8 @@ FULL = "full_attention"
 
 MXFP4_BLOCK = 32  # values that share one scale: expert rows are made of whole blocks
 
+MOST_LAYERS = 1024  # far above any model: a damaged count must not fill the memory with names
+
 # Known, and without effect on the logits of an inference pass.
 HARMLESS = frozenset(
     """_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype
@@ -93,7 +95,7 @@ class ModelConfig:
         fields.constant("hidden_act", "silu")
         fields.constant("attention_bias", True)
         fields.constant("tie_word_embeddings", False)
-        layers = fields.integer("num_hidden_layers")
+        layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
         rope_theta, rope = _read_rope(fields)
         config = cls(
             num_hidden_layers=layers,
@@ -135,7 +137,7 @@ class ModelConfig:
         Source: `ModelConfig` and `RotaryEmbedding` of openai/gpt-oss, gpt_oss/torch/model.py.
         """
         fields = Fields(raw, where)
-        layers = fields.integer("num_hidden_layers")
+        layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
         context = fields.integer("initial_context_length")
         factor = fields.number("rope_scaling_factor")
         config = cls(
@@ -247,7 +249,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
         raise ConfigError(f"{path}: no such file; a model folder holds its config.json") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}; copy the file again") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")

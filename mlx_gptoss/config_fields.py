@@ -1,6 +1,6 @@
 """Taking fields out of a parsed JSON object strictly: each checked, and none overlooked."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,11 +35,13 @@ class Fields:
                 )
         return self.raw[found[0]]
 
-    def integer(self, *names: str) -> int:
-        """A whole number above 0."""
+    def integer(self, *names: str, most: int = 2**31 - 1) -> int:
+        """A whole number above 0; MLX counts in 32 bits."""
         value = self.value(*names)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(names[0], f"expected a whole number above 0, got {value!r}")
+        if value > most:
+            raise self.error(names[0], f"expected at most {most}, got {value}")
         return value
 
     def number(self, name: str, *, default: float | None = None) -> float:
@@ -48,7 +50,7 @@ class Fields:
             return default
         value = self.value(name)
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value <= 0:
+        if not good or not 0 < value <= sys.float_info.max:
             raise self.error(name, f"expected a finite number above 0, got {value!r}")
         return float(value)
 

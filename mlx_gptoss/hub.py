@@ -95,6 +95,8 @@ def download(
             bytes that do not match their hash. What was received stays for the next call.
     """
     cache = HubCache(repo_id, cache_dir)
+    if not revision or revision.startswith("/") or ".." in revision:  # it becomes a path
+        raise DownloadError(f"expected a branch, tag or commit, got {revision!r}")
     if offline or constants.HF_HUB_OFFLINE:
         return _prove_local(cache, revision, original, progress)
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
@@ -126,12 +128,10 @@ def _is_wanted(name: str, original: bool) -> bool:
 
 def _list_files(repo_id: str, revision: str, endpoint: str) -> tuple[str, list[RemoteFile]]:
     """The commit of a revision and its files, with sizes and hashes, as the hub lists them."""
-    if ".." in revision:
-        raise DownloadError(f"expected a branch, tag or commit, got {revision!r}")
     url = f"{endpoint}/api/models/{repo_id}/revision/{quote(revision, safe='')}?blobs=true"
     info = _get_json(url, f"{repo_id} at {revision}")
     try:
-        commit = info["sha"]
+        commit = _commit(info["sha"])
         base = f"{endpoint}/{repo_id}/resolve/{commit}"
         files = [_remote_file(entry, base) for entry in info["siblings"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -140,6 +140,13 @@ def _list_files(repo_id: str, revision: str, endpoint: str) -> tuple[str, list[R
             "check HF_ENDPOINT and proxies"
         ) from error
     return commit, files
+
+
+def _commit(name: str) -> str:
+    """A commit as the hub names it, checked: it becomes a folder."""
+    if not re.fullmatch(r"[0-9a-f]{40}", name):
+        raise ValueError(f"unsafe commit {name!r}")
+    return name
 
 
 def _get_json(url: str, what: str) -> Any:

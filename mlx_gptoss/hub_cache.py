@@ -1,6 +1,5 @@
 """The local side of the hub: its cache on disk, without any network."""
 
-import json
 import os
 import re
 import shutil
@@ -9,10 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from mlx_gptoss.errors import DownloadError
+from mlx_gptoss.errors import CheckpointError, DownloadError
 from mlx_gptoss.transfer import RemoteFile
-
-INDEX = "model.safetensors.index.json"
+from mlx_gptoss.weight_files import INDEX, read_json
 
 
 class HubCache:
@@ -49,7 +47,7 @@ class HubCache:
         if self.snapshot(revision).is_dir():
             return revision
         ref = self.root / "refs" / revision
-        return ref.read_text().strip() if ref.is_file() else None
+        return ref.read_text(errors="replace").strip() if ref.is_file() else None
 
     def link(self, commit: str, revision: str, files: Sequence[RemoteFile]) -> None:
         """Make the snapshot: links to the blobs, and the branch pointing to the commit."""
@@ -91,8 +89,8 @@ def missing_files(folder: Path) -> list[str]:
     index = folder / INDEX
     if index.is_file():
         try:
-            expected |= set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            expected |= {str(file) for file in read_json(index)["weight_map"].values()}
+        except (CheckpointError, KeyError, AttributeError):
             return [f"a readable {INDEX}"]
     elif not list(folder.glob("*.safetensors")):
         expected.add("model.safetensors")

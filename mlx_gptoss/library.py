@@ -18,11 +18,19 @@ DEMO = "demo"
 
 
 def model_store() -> Path:
-    """The folder of converted models; it need not exist yet."""
-    if home := os.environ.get("MLX_GPTOSS_HOME"):
-        return Path(home).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "mlx-gptoss"
+    """The folder of converted models; it need not exist yet.
+
+    Raises:
+        ModelNotFoundError: It is below the home of a user who has none.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    store = Path(os.environ.get("MLX_GPTOSS_HOME") or cache / "mlx-gptoss")
+    try:
+        return store.expanduser()
+    except RuntimeError:
+        raise ModelNotFoundError(
+            f"{store}: this user has no home folder; set MLX_GPTOSS_HOME to the folder of models"
+        ) from None
 
 
 def kernel_record() -> Path:
@@ -50,13 +58,14 @@ def find_model(name: str, *, cache_dir: Path | None = None) -> Path:
         return demo_model_path(model_store())
     if known := published_name(name):
         return _find_published(known, cache_dir)
-    if (folder := Path(name).expanduser()).is_dir():
+    folder = Path(os.path.expanduser(name))  # pathlib's raises where there is no such user
+    if name and folder.is_dir():
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise ModelNotFoundError(f"{name}: expected a folder with a converted model, got a file")
     if not _is_hub_id(name):
         raise ModelNotFoundError(
-            f"{name}: expected demo, {', '.join(PUBLISHED)}, a folder or a hub id "
+            f"{name or repr(name)}: expected demo, {', '.join(PUBLISHED)}, a folder or a hub id "
             "(owner/name), got a name that is none of them"
         )
     if snapshot := find_snapshot(name, cache_dir=cache_dir):
@@ -88,7 +97,7 @@ def find_source(name: str, *, cache_dir: Path | None = None) -> Path:
         ModelNotFoundError: There is no such checkpoint here; says how to get it.
     """
     known = published_name(name)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not known and (folder.exists() or not _is_hub_id(name)):
         return folder  # the converter says what is wrong with it
     repo_id = PUBLISHED[known].repo_id if known else name

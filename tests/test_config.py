@@ -165,6 +165,9 @@ REFUSED = [
     ({"num_hidden_layers": True}, "num_hidden_layers: expected a whole number above 0, got True"),
     ({"sliding_window": 0}, "sliding_window: expected a whole number above 0, got 0"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number above 0, got nan"),
+    ({"rope_theta": 10**400}, "rope_theta: expected a finite number above 0, got 1000000"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 1024, got 1000000000"),
+    ({"vocab_size": 2**31}, "vocab_size: expected at most 2147483647, got 2147483648"),
     ({"layer_types": ["full_attention"]}, "layer_types: expected 24 entries, got 1"),
     ({"layer_types": ["full_attention"] * 23 + ["x"]}, "layer_types[23]: expected sliding_atte"),
     ({"hidden_size": 2881}, "hidden_size: expected a multiple of 32, the MXFP4 block, got 2881"),
@@ -220,10 +223,11 @@ def test_read_config_knows_openais_file(tmp_path: Path) -> None:
     [
         (None, "no such file; a model folder holds its config.json"),
         ('{"model_type": ', "not valid JSON: Expecting value"),
+        ("[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
         ("[1]", "expected a JSON object, got list"),
         (b"\xff\xfe", "not valid JSON: 'utf-8' codec can't decode"),
     ],
-    ids=["missing", "cut off", "a list", "not text"],
+    ids=["missing", "cut off", "deep", "a list", "not text"],
 )
 def test_unreadable_files(tmp_path: Path, text: str | bytes | None, message: str) -> None:
     path = tmp_path / "config.json"

@@ -341,6 +341,24 @@ def test_a_listing_cannot_write_outside_the_cache(
         get(server, tmp_path)
 
 
+@pytest.mark.parametrize("commit", ["../../evil", None, "main"])
+def test_a_commit_is_a_hash(
+    server: HubServer, tmp_path: Path, commit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "listing", lambda _: {"sha": commit, "siblings": []})
+    with pytest.raises(DownloadError, match="did not answer as a hub does"):
+        get(server, tmp_path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("revision", ["", "/etc", "../.."])
+def test_a_revision_is_no_path(
+    server: HubServer, tmp_path: Path, revision: str, offline: bool
+) -> None:
+    with pytest.raises(DownloadError, match=f"expected a branch, tag or commit, got '{revision}'"):
+        get(server, tmp_path, revision=revision, offline=offline)
+
+
 def test_a_repository_of_pickles_is_refused(server: HubServer, tmp_path: Path) -> None:
     server.repos[REPO] = {"config.json": b"{}", "pytorch_model.bin": b"x"}
     with pytest.raises(DownloadError, match="pickled weights are never loaded"):

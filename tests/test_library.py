@@ -39,6 +39,12 @@ def test_the_store_is_where_the_environment_says(
     assert model_store() == Path.home() / "models"
 
 
+def test_a_store_below_no_home_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_GPTOSS_HOME", "~nobody-here/models")
+    with pytest.raises(ModelNotFoundError, match=r"~nobody-here/models: this user has no home.*set"):
+        model_store()
+
+
 def test_the_demo_is_made_in_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(demo_model_path=lambda store: store / "demo-1234")
     monkeypatch.setitem(sys.modules, "mlx_gptoss.demo", made)
@@ -84,6 +90,28 @@ def test_a_hub_id_is_found_in_the_cache_if_complete(tmp_path: Path, source: Path
             find("someone/tuned", cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": 5}',
+        "[]",
+        "[" * 100_000,
+        "\udcff",
+    ],
+)
+def test_a_damaged_copy_in_the_cache_is_no_copy(tmp_path: Path, source: Path, index: str) -> None:
+    snapshot = cached(tmp_path, "someone/tuned", source)
+    file = snapshot / "model.safetensors.index.json"
+    file.write_text(index, errors="surrogateescape")
+    with pytest.raises(ModelNotFoundError, match="run `mlx-gptoss download someone/tuned`"):
+        find_model("someone/tuned", cache_dir=tmp_path)
+    (snapshot.parent.parent / "refs/main").write_bytes(b"\xff")
+    with pytest.raises(ModelNotFoundError, match="run `mlx-gptoss download someone/tuned`"):
+        find_model("someone/tuned", cache_dir=tmp_path)
+
+
 def test_a_source_folder_names_the_converter(source: Path) -> None:
     with pytest.raises(CheckpointError, match="mlx-gptoss convert"):
         open_checkpoint(find_model(str(source)))
@@ -100,6 +128,11 @@ def test_names_that_are_nothing(tmp_path: Path) -> None:
         find_model("nonsense")
     with pytest.raises(ModelNotFoundError, match="expected demo, 20b, 120b, a folder or a hub id"):
         find_model("./no/such/folder")
+    with pytest.raises(ModelNotFoundError, match=r"~nobody-here/x: expected demo, 20b, 120b"):
+        find_model("~nobody-here/x")
+    with pytest.raises(ModelNotFoundError, match="^'': expected demo, 20b, 120b, a folder or a"):
+        find_model("")  # and not the folder one is in
+    assert find_source("~nobody-here/x") == Path("~nobody-here/x")
 
 
 def test_a_source_is_a_folder_or_a_name(tmp_path: Path, source: Path) -> None:
