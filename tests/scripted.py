@@ -24,6 +24,8 @@ ANSWERED = (
 SCRIPTS = {
     "answered": ANSWERED,
     "steering": "<|channel|>final<|message|>a\x1b[31mb\r\x07c\n\td<|return|>",
+    "musing": "<|channel|>analysis<|message|>hm\x1b]0;x\x07<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>ok<|return|>",
     "thinking": "<|channel|>analysis<|message|>" + "I wonder. " * 50,
     "slow": "<|channel|>final<|message|>One, two, three, four, five" + ", more" * 200,
 }

@@ -1,5 +1,7 @@
 """The command line: what goes to stdout, what to stderr, and how it ends."""
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -7,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -19,6 +22,7 @@ from tiny import write_checkpoint
 
 from mlx_gptoss import library, memory, model
 from mlx_gptoss.cli import main
+from mlx_gptoss.cli.reply import Printer, Reasoning
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.vocabulary import load_vocabulary
 
@@ -121,6 +125,32 @@ def test_json_is_one_object_with_the_promised_fields(answering: scripted.Scripte
 
 def test_raw_shows_every_token(answering: scripted.ScriptedModel) -> None:
     assert run("generate", "-m", "x", "--raw", "Hi").stdout == scripted.ANSWERED + "\n"
+
+
+def test_raw_shows_a_character_that_was_cut_off() -> None:
+    printer = Printer(Reasoning.HIDDEN)
+    cut = load_vocabulary().encode("a\N{YI SYLLABLE BBURX}")  # the last character is several tokens
+    assert load_vocabulary().decode_bytes(cut[:-1])[-1:] != b"a"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        printer.tokens(cut[:-1])
+        printer.close()
+    assert out.getvalue() == "a\N{REPLACEMENT CHARACTER}\n"
+
+
+@pytest.mark.parametrize("form", ["--raw", "--json"])
+def test_show_reasoning_is_of_text_alone(form: str) -> None:
+    result = run("generate", form, "--show-reasoning", "Hi")
+    assert result.exit_code == 2
+    assert "--show-reasoning: --raw and --json hold the reasoning anyway" in result.stderr
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_a_pipe_asks_what_an_argument_asks(answering: scripted.ScriptedModel, end: str) -> None:
+    run("generate", "-m", "x", "-q", "Two\nlines")
+    expected = answering.prompt
+    run("generate", "-m", "x", "-q", input="Two\nlines" + end)
+    assert answering.prompt == expected
 
 
 @pytest.mark.parametrize("arguments", [["-"], []])
@@ -308,6 +338,22 @@ def run_process(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def test_nor_is_stderr_steered_by_the_reasoning() -> None:
+    code, shown = on_terminal("musing", "generate", "--quiet", "--show-reasoning", "Hi",
+                              env={"NO_COLOR": "1"})  # fmt: skip
+    assert code == 0 and "hm\ufffd]0;x\ufffd" in shown and "\x1b" not in shown, repr(shown)
+
+
+def test_progress_never_wraps() -> None:
+    code = "from mlx_gptoss.cli.console import Progress; Progress().bytes('p' * 99, 1, 2)"
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 20))
+    subprocess.run([sys.executable, "-c", code], stderr=child, check=True, cwd=ROOT)
+    os.close(child)
+    assert os.read(parent, 999).decode() == "p" * 19
+    os.close(parent)
+
+
 def test_a_prompt_is_asked_for_where_none_can_come() -> None:
     code, shown = on_terminal("answered", "generate")
     assert code == 2
@@ -347,6 +393,17 @@ def test_streams_that_were_closed_before_it_began(closed: str, prompt: str, code
                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_closed_streams_do_not_keep_weights_from_being_read(tmp_path: Path) -> None:
+    """The first shard was opened as number 0, which MLX takes for a failure."""
+    source = write_checkpoint(tmp_path / "source", layers=2)
+    model = convert_checkpoint(source, tmp_path / "model", verify=False).target
+    line = f'exec "{sys.executable}" -c "{{}}" <&-'.format(
+        f"from mlx_gptoss.cli import main; main(['generate', '-m', '{model}', 'Hi'])"
+    )
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert "vocab_size: expected 201088" in done.stderr, "it was read, and is another model"
 
 
 def test_commands_are_short_and_documented() -> None:

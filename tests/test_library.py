@@ -41,7 +41,9 @@ def test_the_store_is_where_the_environment_says(
 
 def test_a_store_below_no_home_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_GPTOSS_HOME", "~nobody-here/models")
-    with pytest.raises(ModelNotFoundError, match=r"~nobody-here/models: this user has no home.*set"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"~nobody-here/models: this user has no home.*set"
+    ):
         model_store()
 
 
@@ -130,7 +132,7 @@ def test_names_that_are_nothing(tmp_path: Path) -> None:
         find_model("./no/such/folder")
     with pytest.raises(ModelNotFoundError, match=r"~nobody-here/x: expected demo, 20b, 120b"):
         find_model("~nobody-here/x")
-    with pytest.raises(ModelNotFoundError, match="^'': expected demo, 20b, 120b, a folder or a"):
+    with pytest.raises(ModelNotFoundError, match=r"^'': expected demo, 20b, 120b, a folder or a"):
         find_model("")  # and not the folder one is in
     assert find_source("~nobody-here/x") == Path("~nobody-here/x")
 

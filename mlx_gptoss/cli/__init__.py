@@ -35,6 +35,7 @@ class _Group(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
+        _occupy_standard_streams()
         if os.environ.get("NO_COLOR"):  # click itself does not look at it
             extra["color"] = False
         if not standalone_mode:
@@ -57,6 +58,17 @@ class _Group(click.Group):
         except (click.Abort, KeyboardInterrupt):
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _occupy_standard_streams() -> None:
+    """Give what was closed before we began to the null device.
+
+    Else the next file that is opened takes its number, and is taken for a stream; MLX, for one,
+    refuses to read a file whose number is 0.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def _fail(message: str, code: int) -> NoReturn:

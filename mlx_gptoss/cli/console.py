@@ -1,5 +1,6 @@
 """What the commands share: notes and progress on stderr, sizes and rates in words."""
 
+import os
 import sys
 import time
 from typing import IO
@@ -112,5 +113,7 @@ class Progress:
             click.echo(text, err=True)
             return
         self.clear()
+        if not final:  # a line that wraps could not be taken away
+            text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
         click.echo(text, nl=final, err=True)
         self._width = 0 if final else len(text)

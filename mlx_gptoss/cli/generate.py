@@ -107,6 +107,8 @@ def generate(
     """
     if raw and as_json:
         raise click.UsageError("--raw and --json exclude each other")
+    if show_reasoning and (raw or as_json):
+        raise click.UsageError("--show-reasoning: --raw and --json hold the reasoning anyway")
     text = _prompt_text(prompt)
     sampling = _sampling(temperature, top_p, top_k, min_p, seed)
     if model is None:
@@ -129,6 +131,7 @@ def _prompt_text(prompt: str | None) -> str:
     text = "-" if prompt is None else prompt
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+        text = text.rstrip("\r\n")  # of the last line, as in a shell's $(...): not of the prompt
     if not text.strip():
         raise click.UsageError("The prompt is empty")
     return text

@@ -59,7 +59,8 @@ class Printer:
                 if self._reasoning is Reasoning.DIMMED:
                     self._write(text, dim=True)
                 elif self._reasoning is Reasoning.STDERR:
-                    click.secho(text, dim=True, nl=False, err=True)
+                    shown = _harmless(text) if is_terminal(sys.stderr) else text
+                    click.secho(shown, dim=True, nl=False, err=True)
             case MessageDone() if self._thought and self._reasoning is Reasoning.STDERR:
                 click.echo(err=True)
             case _:
@@ -72,7 +73,8 @@ class Printer:
         self._write(self._decoder.feed(new))
 
     def close(self) -> None:
-        """End the last line."""
+        """Print what a cut-off character left, and end the last line."""
+        self._write(self._decoder.finish())
         if self._open:
             click.echo()
             self._open = False
@@ -81,8 +83,12 @@ class Printer:
         if not text:
             return
         self._open = not text.endswith("\n")
-        shown = text.translate(_CONTROLS) if self._on_terminal else text
+        shown = _harmless(text) if self._on_terminal else text
         click.echo(click.style(shown, dim=True) if dim else shown, nl=False)
+
+
+def _harmless(text: str) -> str:
+    return text.translate(_CONTROLS)
 
 
 def stats_line(reply: Reply) -> str:
