@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,38 @@ def test_damaged_length_is_refused(tmp_path: Path, content: bytes, message: str)
     with pytest.raises(CheckpointError, match=r"bad\.safetensors") as caught:
         read_safetensors_header(path)
     assert message in str(caught.value)
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Flipped, cut and repeated bytes raise our error, or leave a header that fits the file."""
+    path = write_raw(
+        tmp_path / "x.safetensors",
+        {"a": tensor([2, 3], 0, 12, "BF16"), "b": tensor([4], 12, 16), "__metadata__": {"k": "v"}},
+        16,
+    )
+    whole, rng = path.read_bytes(), random.Random(1)
+    refused = 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(damaged))
+            kind = rng.choice(["flip", "cut", "repeat", "digit"])
+            if kind == "flip":
+                damaged[at] ^= 1 << rng.randrange(8)
+            elif kind == "cut":
+                del damaged[at : at + rng.randint(1, 9)]
+            elif kind == "repeat":
+                damaged[at:at] = damaged[at : at + rng.randint(1, 9)]
+            else:
+                damaged[at] = rng.choice(b'0123456789{}[],:"-e.')
+        path.write_bytes(damaged)
+        try:
+            entries = read_safetensors_header(path)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert all(entry.end <= len(damaged) for entry in entries.values())
+    assert refused > 600
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
