@@ -14,6 +14,7 @@ import click
 
 from mlx_gptoss._version import __version__
 from mlx_gptoss.cli.bench import bench
+from mlx_gptoss.cli.chat import chat
 from mlx_gptoss.cli.convert import convert
 from mlx_gptoss.cli.doctor import doctor
 from mlx_gptoss.cli.download import download
@@ -82,5 +83,5 @@ def main() -> None:
     """Run OpenAI's gpt-oss models on a Mac: offline, exact, fast."""
 
 
-for _command in (generate, download, convert, info, plan, doctor, verify, bench):
+for _command in (generate, chat, download, convert, info, plan, doctor, verify, bench):
     main.add_command(_command)

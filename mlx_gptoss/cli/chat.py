@@ -1,0 +1,150 @@
+"""`mlx-gptoss chat`: a conversation in the terminal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_gptoss.cli.console import note
+from mlx_gptoss.cli.generate import DEFAULT_MODEL
+from mlx_gptoss.errors import GptOssError
+
+if TYPE_CHECKING:
+    from mlx_gptoss.cli.chat_input import Lines
+    from mlx_gptoss.cli.chat_session import Session
+
+HELP = """\
+/help               this list
+/reset              begin anew; keeps system, reasoning and tools
+/reasoning [LEVEL]  low, medium or high
+/system [TEXT]      instructions that stand above the chat
+/tools [FILE]       offer the functions of a Python file
+/save FILE          write the chat to a file
+/load FILE          go on with a chat from a file
+/stats              tokens so far
+/quit               leave; so does Ctrl-D
+\"\"\"                 begins and ends a message of several lines, \\ at its end continues a line
+Ctrl-C stops an answer and keeps the chat."""
+
+
+@click.command()
+@click.option(
+    "-m",
+    "--model",
+    envvar="MLX_GPTOSS_MODEL",
+    show_envvar=True,
+    metavar="NAME",
+    show_default="demo",
+    help="demo, 20b, 120b, a folder or a hub id.",
+)
+@click.option(
+    "--reasoning",
+    type=click.Choice(["low", "medium", "high"]),
+    default="medium",
+    show_default=True,
+    help="How long the model thinks before it answers.",
+)
+@click.option("--system", metavar="TEXT", help="Instructions that stand above the chat.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="to the end of the context",
+    help="Most tokens of one answer, reasoning included.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="T",
+    help="Randomness of the choice; 0 takes the most probable token.",
+)
+@click.option("--show-reasoning", is_flag=True, help="Print the reasoning to stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="No statistics or notes.")
+def chat(
+    *,
+    model: str | None,
+    reasoning: str,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    show_reasoning: bool,
+    quiet: bool,
+) -> None:
+    """Talk with a model; type /help for what else can be done.
+
+    Lines of a pipe are messages, answered one after the other.
+    """
+    from mlx_gptoss.cli.chat_input import open_lines
+    from mlx_gptoss.cli.chat_session import Session
+    from mlx_gptoss.runtime import Runtime
+    from mlx_gptoss.sampling import SamplingParams
+
+    if model is None:
+        model = DEFAULT_MODEL
+        note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
+    try:
+        sampling = SamplingParams(temperature=temperature)
+    except ValueError as error:  # nan and infinity pass the ranges of click
+        raise click.UsageError(str(error)) from error
+    with Runtime.open(model) as runtime, open_lines() as lines:
+        session = Session(
+            runtime,
+            reasoning=reasoning,
+            instructions=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            show_reasoning=show_reasoning,
+            quiet=quiet,
+        )
+        failed = _converse(session, lines)
+    if failed and not lines.is_interactive:
+        sys.exit(1)
+
+
+def _converse(session: "Session", lines: "Lines") -> bool:
+    """Take messages and commands to the end; say whether any failed."""
+    if lines.is_interactive:
+        note("Type /help for the commands, Ctrl-D to leave.", quiet=session.quiet)
+    failed = False
+    for text in lines:
+        if text == "/quit":
+            break
+        try:
+            if text.startswith("/"):
+                note(_command(session, text))
+            else:
+                session.ask(text)
+        except (GptOssError, OSError) as error:
+            failed = True
+            note(f"Error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            note("(stopped)")
+            if not lines.is_interactive:
+                raise
+    return failed
+
+
+def _command(session: "Session", text: str) -> str:
+    """Do what a command says; returns what to tell."""
+    name, _, argument = text.partition(" ")
+    argument = argument.strip()
+    match name:
+        case "/help":
+            return HELP
+        case "/reset":
+            return session.reset()
+        case "/reasoning":
+            return session.set_reasoning(argument)
+        case "/system":
+            return session.set_instructions(argument)
+        case "/tools":
+            return session.set_tools(argument)
+        case "/save":
+            return session.save(argument)
+        case "/load":
+            return session.load(argument)
+        case "/stats":
+            return session.stats()
+    raise GptOssError(f"{name}: no such command; type /help for those there are")

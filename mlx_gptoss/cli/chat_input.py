@@ -1,0 +1,90 @@
+"""Messages from a terminal, with a history, or from a pipe."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_gptoss.cli.console import is_terminal, note
+from mlx_gptoss.library import model_store
+
+FENCE = '"""'
+HISTORY_LENGTH = 1000  # lines
+
+
+class Lines(Iterator[str]):
+    """Messages and commands, one by one, without surrounding space; empty ones are left out.
+
+    Attributes:
+        is_interactive: Whether somebody types them.
+    """
+
+    def __init__(self, *, is_interactive: bool) -> None:
+        self.is_interactive = is_interactive
+
+    def __next__(self) -> str:
+        while True:
+            try:
+                if text := self._message():
+                    return text
+            except EOFError:
+                if self.is_interactive:
+                    note("")
+                raise StopIteration from None
+            except KeyboardInterrupt:
+                if not self.is_interactive:
+                    raise
+                note("\n(type /quit or Ctrl-D to leave)")
+
+    def _message(self) -> str:
+        line = self._line("> ")
+        if line.strip().startswith(FENCE):
+            return self._fenced(line.strip().removeprefix(FENCE))
+        whole = []
+        while line.endswith("\\"):
+            whole.append(line.removesuffix("\\"))
+            line = self._line(". ")
+        return "\n".join([*whole, line]).strip()
+
+    def _fenced(self, line: str) -> str:
+        whole = []
+        while not line.rstrip().endswith(FENCE):
+            whole.append(line)
+            line = self._line(". ")
+        return "\n".join([*whole, line.rstrip().removesuffix(FENCE)]).strip()
+
+    def _line(self, prompt: str) -> str:
+        if self.is_interactive:
+            return input(prompt)
+        line = "" if sys.stdin is None else sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        return line.decode("utf-8", errors="replace").rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def open_lines() -> Iterator[Lines]:
+    """Messages from standard input; those typed are remembered in the model store."""
+    if not is_terminal(sys.stdin):
+        yield Lines(is_interactive=False)
+        return
+    import readline  # changes what input() does, so only where somebody types
+
+    history = model_store() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(HISTORY_LENGTH)
+    try:
+        yield Lines(is_interactive=True)
+    finally:
+        _keep(history)
+
+
+def _keep(history: Path) -> None:
+    """Write the history for its owner's eyes; a disk that refuses is no reason to fail."""
+    import readline
+
+    with contextlib.suppress(OSError):
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        readline.write_history_file(history)
