@@ -21,7 +21,7 @@ from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.model import Model
 from mlx_gptoss.pacing import TARGET_S, ChunkPacer
 from mlx_gptoss.sampling import SamplingParams, SamplingRows
-from mlx_gptoss.steps import KernelSteps, ModelSteps
+from mlx_gptoss.steps import Guide, KernelSteps, ModelSteps
 
 MOST_AT_ONCE = 16  # generations of one engine that may take turns
 PREFILL_CHUNK = 512  # tokens at most; bounds the memory of a long prompt
@@ -118,6 +118,7 @@ class Engine:
         max_tokens: int | None = None,
         cache: ModelCache | None = None,
         breaks: Collection[int] = (),
+        guide: Guide | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> "Generation":
         """Start a generation; the work happens as its tokens are asked for.
@@ -131,6 +132,7 @@ class Engine:
                 None starts an empty one. See `Generation.cache` for what it holds afterwards.
             breaks: Positions in the prompt at which a chunk ends, so that `on_prefill` can save the
                 cache there.
+            guide: Narrows what may be chosen, token by token.
             on_prefill: Called after each chunk with the tokens fed and to feed; what it raises ends
                 the generation.
 
@@ -166,6 +168,7 @@ class Engine:
             limit=room if max_tokens is None else min(room, max_tokens),
             cache=cache,
             breaks=frozenset(breaks),
+            guide=guide,
             on_prefill=on_prefill,
         )
 
@@ -192,6 +195,7 @@ class Generation(Iterator[int]):
         limit: int,
         cache: ModelCache,
         breaks: frozenset[int],
+        guide: Guide | None,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
         self.sampling = sampling
@@ -199,7 +203,7 @@ class Generation(Iterator[int]):
         self.finish: Finish | None = None
         self._engine, self._prompt, self._stop, self._limit = engine, prompt, stop, limit
         self._breaks, self._on_prefill = breaks, on_prefill or (lambda done, total: None)
-        self._left = prompt[cache.offset :]
+        self._left, self._guide = prompt[cache.offset :], guide
         self._rows = SamplingRows.pack([sampling])
         self._cached = cache.offset
         self._emitted = 0
@@ -254,10 +258,15 @@ class Generation(Iterator[int]):
         """Feed the prompt, then stay one step ahead until a reason to stop."""
         logits = self._prefill()
         first = ModelSteps(
-            self._engine.model, self.cache, rows=self._rows, allowed=self._engine.allowed
+            self._engine.model,
+            self.cache,
+            rows=self._rows,
+            allowed=self._engine.allowed,
+            guide=self._guide,
         )
         token, ahead = first.choose(logits), None
-        steps = self._engine.steps(self.cache, self.sampling) or first
+        compiled = None if self._guide else self._engine.steps(self.cache, self.sampling)
+        steps = compiled or first
         try:
             while True:
                 self._emitted += 1
@@ -266,6 +275,8 @@ class Generation(Iterator[int]):
                     ahead = steps.take(token)  # launched before the host waits for `token`
                 chosen = int(token)
                 self._note_time()
+                if self._guide is not None:
+                    self._guide.accept(chosen)
                 if chosen in self._stop:
                     self.finish = Finish.STOP
                 elif full:
@@ -273,8 +284,8 @@ class Generation(Iterator[int]):
                 yield chosen
                 if self.finish:
                     return
-                if ahead is None:  # one step in 128, with nothing in flight and no snapshot held,
-                    steps.let_go()  # so that long stores are merged in place
+                if ahead is None:  # guided; or one step in 128, with nothing in flight and no
+                    steps.let_go()  # snapshot held, so that long stores are merged in place
                     ahead = steps.take(token)
                 token, ahead = ahead, None
                 steps.keep()

@@ -11,6 +11,7 @@
     ├── HarmonyError       a conversation that cannot be rendered
     ├── CacheError         a K,V cache was asked for what it no longer holds
     ├── ContextLengthError a prompt fills the whole context
+    ├── SchemaError        a JSON schema that answers cannot be held to
     ├── RuntimeClosedError a runtime was closed, or came into this process by a fork
     ├── MachineError       a request does not fit this machine's memory
     ├── KernelError        a Metal kernel was called with what it cannot take
@@ -63,6 +64,10 @@ class CacheError(GptOssError):
 
 class ContextLengthError(GptOssError):
     """A prompt is longer than the context of the model."""
+
+
+class SchemaError(GptOssError):
+    """An answer cannot be held to a JSON schema: it is beyond us, or an extra is missing."""
 
 
 class RuntimeClosedError(GptOssError):

@@ -25,6 +25,7 @@ from mlx_gptoss.harmony.ledger import Prompt
 from mlx_gptoss.memory import Memory
 from mlx_gptoss.prefix_cache import PrefixCache, Slot
 from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.steps import Guide
 from mlx_gptoss.stream import FORKED, Outbox
 from mlx_gptoss.turn import Turn
 
@@ -42,6 +43,7 @@ class Task:
         sampling: How to choose tokens.
         max_tokens: Most tokens of the answer.
         context: Tokens to reserve memory for.
+        guide: Holds the turn to a schema; None lets it be.
         outbox: Takes the events, and then a `Reply` or an error.
     """
 
@@ -51,6 +53,7 @@ class Task:
     sampling: SamplingParams
     max_tokens: int | None
     context: int
+    guide: Guide | None
     outbox: Outbox
 
 
@@ -70,6 +73,7 @@ class _Running:
             recipients=task.recipients,
             cache=self.slot.cache,
             breaks=self.slot.marks,
+            guide=task.guide,
             on_prefill=self._note_chunk,
         )
 

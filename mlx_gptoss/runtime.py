@@ -28,6 +28,7 @@ from mlx_gptoss.memory import Memory
 from mlx_gptoss.owner import Owner, Task
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.stream import AsyncStream, Outbox, Stream
+from mlx_gptoss.structured import Guide
 from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
 
@@ -128,7 +129,7 @@ class Runtime:
             instructions: The app's own prompt.
             reasoning: How long to think; medium if None.
             tools: What the model may call.
-            response_format: What the answer must look like.
+            response_format: A schema that the answer then follows; needs the extra `structured`.
             max_tokens: Most tokens to write; None: as many as context and memory hold.
             sampling: How to choose tokens; default: temperature 1, nothing filtered.
 
@@ -139,6 +140,7 @@ class Runtime:
             HarmonyError: The messages cannot be understood; see `read_conversation`.
             MachineError: The turn does not fit the memory.
             RuntimeClosedError: The runtime is closed, or was opened before a fork.
+            SchemaError: The answer cannot be held to the schema.
         """
         return Stream(
             self._submit(
@@ -283,6 +285,9 @@ class Runtime:
         if self._admission is not None:
             context = self._admission.grant(context, max_tokens)
             max_tokens = max_tokens or max(context - len(prompt.tokens), 1)
+        guide = None
+        if conversation.answers is not None:
+            guide = Guide(conversation.answers, recipients=conversation.recipients)
         outbox = Outbox(self._owner.wake)
         self._owner.submit(
             Task(
@@ -292,6 +297,7 @@ class Runtime:
                 sampling=(sampling or SamplingParams()).seeded(),
                 max_tokens=max_tokens,
                 context=context,
+                guide=guide,
                 outbox=outbox,
             )
         )

@@ -14,12 +14,25 @@ from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
 
 
+class Guide(Protocol):
+    """Decides which tokens may come next; see `structured.Guide`."""
+
+    def allowed(self) -> mx.array:
+        """(V,) bool, at least one true."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Note the token that was chosen."""
+        ...
+
+
 class Steps(Protocol):
     """The steps of one generation.
 
     Attributes:
         merges_next: The next step merges recent keys and values into the long stores; with nothing
-            in flight, and after `let_go`, that happens in place.
+            in flight, and after `let_go`, that happens in place. Also true of every guided step,
+            which cannot be taken before its token is known.
     """
 
     @property
@@ -49,18 +62,26 @@ class ModelSteps:
         cache: Of the prompt; it is always up to date.
         rows: How to sample.
         allowed: (V,) bool.
+        guide: Narrows it, token by token.
     """
 
     def __init__(
-        self, model: Model, cache: ModelCache, *, rows: SamplingRows, allowed: mx.array
+        self,
+        model: Model,
+        cache: ModelCache,
+        *,
+        rows: SamplingRows,
+        allowed: mx.array,
+        guide: Guide | None,
     ) -> None:
+        self._guide = guide
         self._model, self._cache, self._rows, self._allowed = model, cache, rows, allowed
         self._kept: ModelSnapshot | None = cache.snapshot()
 
     @property
     def merges_next(self) -> bool:
         """See `Steps`."""
-        return self._cache.merges_next
+        return self._guide is not None or self._cache.merges_next
 
     def take(self, token: mx.array) -> mx.array:
         """See `Steps`."""
@@ -69,7 +90,10 @@ class ModelSteps:
     def choose(self, logits: mx.array) -> mx.array:
         """Sample the token at the cache's end from (1, V) and start computing it; (1,) int32."""
         position = mx.array([self._cache.offset], dtype=mx.int32)
-        token = sample(logits, position, rows=self._rows, allowed=self._allowed)
+        allowed = self._allowed
+        if self._guide is not None:
+            allowed = allowed & self._guide.allowed()
+        token = sample(logits, position, rows=self._rows, allowed=allowed)
         mx.async_eval(token, self._cache.arrays)
         return token
 

@@ -24,6 +24,7 @@ from mlx_gptoss.harmony import (
 )
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.steps import Guide
 from mlx_gptoss.vocabulary import load_vocabulary
 
 
@@ -97,6 +98,7 @@ class Turn:
         recipients: Tools that were offered; see `HarmonyParser`.
         cache: Holds the beginning of the prompt; see `Engine.generate`.
         breaks: See `Engine.generate`.
+        guide: See `Engine.generate`.
         on_prefill: Called after each chunk of the prompt with the tokens fed and to feed.
 
     Attributes:
@@ -117,6 +119,7 @@ class Turn:
         recipients: Mapping[str, str] | None = None,
         cache: ModelCache | None = None,
         breaks: Collection[int] = (),
+        guide: Guide | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> None:
         self.tokens: list[int] = []
@@ -127,6 +130,7 @@ class Turn:
             max_tokens=max_tokens,
             cache=cache,
             breaks=breaks,
+            guide=guide,
             on_prefill=on_prefill,
         )
         self._parser = HarmonyParser(recipients)

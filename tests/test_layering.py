@@ -36,7 +36,7 @@ LAYERS = [
         "memory",
         "tools",
     ],
-    ["bench", "stream"],
+    ["bench", "stream", "structured"],
     ["bench_text", "owner"],
     ["bench_report"],
     ["runtime"],

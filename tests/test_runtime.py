@@ -88,15 +88,12 @@ def test_chat_dictionaries_are_read(answering: tuple[Runtime, scripted.ScriptedM
             {"role": "tool", "tool_call_id": "c1", "content": "sun"},
         ],
         tools=[{"type": "function", "function": {"name": "get-weather", "description": "Sky."}}],
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": "sky", "schema": {"type": "object"}},
-        },
+        response_format={"type": "text"},
         sampling=GREEDY,
     )
     told = load_vocabulary().decode(model.prompt)
     assert "Be kind.\n\n# Tools" in told and "type get_weather = () => any;" in told
-    assert "// Sky." in told and '# Response Formats\n\n## sky\n\n{"type":"object"}' in told
+    assert "// Sky." in told
     assert told.endswith(
         "<|start|>user<|message|>Rain today?<|end|>"
         "<|start|>assistant<|channel|>analysis<|message|>Look.<|end|>"
