@@ -127,7 +127,14 @@ class Terminal:
         command = [sys.executable, str(ROOT / "tests/scripted.py"), script, "chat", "-m", "x",
                    "--temperature", "0"]  # fmt: skip
         self.process = subprocess.Popen(
-            command, env=env, stdin=child, stdout=child, stderr=child, start_new_session=True
+            command,
+            env=env,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            # a test run in the background ignores Ctrl-C, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(child)
         self.shown, self._seen = "", 0
