@@ -136,7 +136,7 @@ def _software(model: Model, compare: bool) -> Record:
 def _model(name: str, checkpoint: Checkpoint) -> Record:
     config: ModelConfig = checkpoint.config
     return {
-        "name": name,
+        "name": checkpoint.folder.name if Path(name).is_dir() else name,  # no path is published
         "digest": weights_digest(checkpoint),
         "nbytes": checkpoint.nbytes,
         "dense": (checkpoint.manifest or {}).get("options", {}).get("dense"),

@@ -232,6 +232,7 @@ def test_the_command(converted, tmp_path, monkeypatch):
     saved = tmp_path / "results" / "bench_m4-pro_48g_model.json"
     assert json.loads(saved.read_text()) == record
     assert f"saved {saved}" in result.stderr
+    assert record["model"]["name"] == "model" and str(converted) not in saved.read_text()
     result = CliRunner().invoke(main, ["bench", "diff", str(saved), str(saved)])
     assert result.exit_code == 0 and result.stdout.count("within the spread") == 6
     wrong = CliRunner().invoke(main, ["bench", str(converted), "--depths", "0,x"])
