@@ -267,6 +267,8 @@ class Generation(Iterator[int]):
         token, ahead = first.choose(logits), None
         compiled = None if self._guide else self._engine.steps(self.cache, self.sampling)
         steps = compiled or first
+        if compiled:
+            first.let_go()  # its snapshot would turn every merge into a copy
         try:
             while True:
                 self._emitted += 1

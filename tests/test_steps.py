@@ -14,6 +14,7 @@ from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import KernelSet, all_kernels
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.steps import ModelSteps
 
 VOCAB = 320
 ALLOWED = np.arange(VOCAB) % 7 != 3
@@ -92,6 +93,23 @@ def test_other_ways_to_sample_take_the_models_own_steps() -> None:
         expected = list(engine().generate(PROMPT, sampling=sampling, max_tokens=5))
         assert list(one.generate(PROMPT, sampling=sampling, max_tokens=5)) == expected
     assert one._decoder is None
+
+
+def test_no_snapshot_is_held_beside_the_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold the long stores, and every merge would copy them."""
+    made: list[ModelSteps] = []
+    choose = ModelSteps.choose
+
+    def noted(self: ModelSteps, logits: mx.array) -> mx.array:
+        made.append(self)
+        return choose(self, logits)
+
+    monkeypatch.setattr(ModelSteps, "choose", noted)
+    generation = engine(definitions_as_kernels()).generate(PROMPT, sampling=SAMPLINGS[0])
+    next(generation)
+    next(generation)
+    assert [steps._kept for steps in made] == [None]
+    generation.close()
 
 
 def test_an_engine_of_emulated_kernels() -> None:
