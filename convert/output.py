@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from mlx_gptoss._version import __version__
-from mlx_gptoss.checkpoint import MANIFEST_VERSION, MXFP4, Quantization
+from mlx_gptoss.checkpoint import MXFP4, Quantization
 from mlx_gptoss.convert.sources import Source
 from mlx_gptoss.convert.writing import WrittenFile
+from mlx_gptoss.manifest import MANIFEST_VERSION
 from mlx_gptoss.weight_files import TensorSpec, read_json
 
 Files = dict[str, dict[str, TensorSpec]]  # file name to its tensors, both in order

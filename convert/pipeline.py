@@ -18,8 +18,6 @@ from typing import Any, Literal, get_args
 
 from mlx_gptoss._version import __version__
 from mlx_gptoss.checkpoint import (
-    MANIFEST,
-    MANIFEST_VERSION,
     MXFP4,
     Quantization,
     expected_tensors,
@@ -42,6 +40,7 @@ from mlx_gptoss.convert.staging import Staging, clear_leftovers, staging
 from mlx_gptoss.convert.verify import KindError, verify_conversion
 from mlx_gptoss.convert.writing import WrittenFile, write_file
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.manifest import MANIFEST, MANIFEST_VERSION
 from mlx_gptoss.vocabulary import check_tokenizer_json
 from mlx_gptoss.weight_files import (
     INDEX,

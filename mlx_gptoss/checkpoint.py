@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_gptoss.config import ModelConfig, read_config
 from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.manifest import read_manifest
 from mlx_gptoss.weight_files import (
     TensorEntry,
     TensorSpec,
@@ -26,9 +27,6 @@ from mlx_gptoss.weight_files import (
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-MANIFEST = "mlx_gptoss.json"
-MANIFEST_VERSION = 1
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -198,24 +196,6 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, quantization, tensors, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest that our converter wrote; None where there is none.
-
-    Raises:
-        CheckpointError: It is damaged, or of a version that this package does not know.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_json(path)
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {manifest.get('version')!r}, this package reads "
-            f"{MANIFEST_VERSION}; run `mlx-gptoss convert` again with this version"
-        )
-    return manifest
-
-
 def check_tensors(
     found: Mapping[str, TensorEntry], expected: Mapping[str, TensorSpec], folder: Path
 ) -> None:
@@ -256,7 +236,8 @@ def _read_quantization(
     """
     path = folder / "config.json"
     raw = read_json(path)
-    stated = raw.get("quantization", raw.get("quantization_config", {}))
+    stated = raw.get("quantization", raw.get("quantization_config"))
+    stated = {} if stated is None else stated
     if not isinstance(stated, dict):
         raise CheckpointError(f"{path}: quantization: expected a JSON object, got {stated!r}")
     found: dict[str, Quantization] = {}

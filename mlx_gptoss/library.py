@@ -9,10 +9,10 @@ import os
 import re
 from pathlib import Path
 
-from mlx_gptoss.checkpoint import MANIFEST
 from mlx_gptoss.errors import ModelNotFoundError
 from mlx_gptoss.hub import PUBLISHED
 from mlx_gptoss.hub_cache import HubCache, find_snapshot, free_bytes
+from mlx_gptoss.manifest import MANIFEST
 
 DEMO = "demo"
 

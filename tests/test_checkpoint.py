@@ -155,6 +155,52 @@ def test_manifest_of_another_version(folder: Path, version: Any, message: str) -
     assert "run `mlx-gptoss convert` again" in str(caught.value)
 
 
+GOOD_MANIFEST: dict[str, Any] = {
+    "version": 1,
+    "converter": "mlx-gptoss 0",
+    "source": {"folder": "src", "revision": None, "layout": "x"},
+    "options": {"dense": "bf16"},
+    "files": {"config.json": {"nbytes": 3, "sha256": "ab"}},
+    "tensors": {"lm_head.weight": "cd"},
+    "verified": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": None}, "files: expected a JSON object, got None"),
+        ({"files": []}, "files: expected a JSON object, got []"),
+        ({"files": {"x": 1}}, "files.x: expected nbytes and sha256, got 1"),
+        ({"files": {"/etc/passwd": {"nbytes": 1, "sha256": ""}}}, "a file in this folder"),
+        ({"files": {"../x": {"nbytes": 1, "sha256": ""}}}, "a file in this folder"),
+        ({"files": {"x": {"nbytes": -1, "sha256": ""}}}, "files.x: expected nbytes and sha256"),
+        ({"source": {}}, "source.folder: expected a string, got None"),
+        ({"options": {"dense": 7}}, "options.dense: expected a string, got 7"),
+        ({"tensors": {"a": 1}}, "tensors.a: expected a sha256, got 1"),
+        ({"verified": 1}, "verified: expected a list or null, got 1"),
+        ({"converter": 3}, "converter: expected a string, got 3"),
+    ],
+)
+def test_damaged_manifest(folder: Path, change: dict[str, Any], message: str) -> None:
+    """Only the version was checked: what used the other fields met a KeyError."""
+    path = folder / "mlx_gptoss.json"
+    path.write_text(json.dumps(GOOD_MANIFEST))
+    assert open_checkpoint(folder).manifest == GOOD_MANIFEST
+    path.write_text(json.dumps(GOOD_MANIFEST | change))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert message in str(caught.value)
+    assert "convert again" in str(caught.value)
+
+
+def test_null_quantization_is_none(folder: Path) -> None:
+    """Some writers state an absent block as null; the packing then follows from the shapes."""
+    before = open_checkpoint(folder).quantization
+    edit_config(folder, quantization=None)
+    assert open_checkpoint(folder).quantization == before
+
+
 def rewritten(folder: Path, **changes: np.ndarray | None) -> None:
     """Replace the weights by a file in which some tensors are changed, added or removed."""
     tensors = dict(numpy_tensors(open_checkpoint(folder)))

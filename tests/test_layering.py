@@ -14,6 +14,7 @@ LAYERS = [
     ["_version", "errors"],
     ["metal", "config_fields"],
     ["chips", "pacing", "config", "weight_files", "transfer"],
+    ["manifest"],
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache", "machine"],
     ["reference", "sampling"],
     ["convert", "kernels", "cache"],

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 from tiny import write_checkpoint
 
-from mlx_gptoss.checkpoint import MANIFEST, open_checkpoint
+from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.errors import CheckpointError, ModelNotFoundError
 from mlx_gptoss.library import converted_folder, find_model, find_source, model_store
+from mlx_gptoss.manifest import MANIFEST
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from tiny import write_checkpoint
 
-from mlx_gptoss.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.errors import CheckpointError, VerificationError
+from mlx_gptoss.manifest import MANIFEST
 from mlx_gptoss.model_info import check_hashes, parts
 
 
