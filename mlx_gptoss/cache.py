@@ -274,7 +274,7 @@ class ModelSnapshot(NamedTuple):
     """What `ModelCache.restore` needs."""
 
     layers: tuple[WindowSnapshot | FullSnapshot, ...]
-    batch_size: int
+    left_padding: tuple[int, ...]
 
 
 class ModelCache:
@@ -287,6 +287,7 @@ class ModelCache:
 
     def __init__(self, layers: Sequence[WindowCache | FullCache], left_padding: Sequence[int]):
         self._layers = tuple(layers)
+        self.left_padding = tuple(left_padding)
         self.batch_size = len(left_padding)
         self.start = mx.array(list(left_padding), mx.int32) if any(left_padding) else None
 
@@ -324,21 +325,27 @@ class ModelCache:
 
     def snapshot(self) -> ModelSnapshot:
         """The present state of all layers, for `restore`; costs no copy now."""
-        return ModelSnapshot(tuple(layer.snapshot() for layer in self._layers), self.batch_size)
+        return ModelSnapshot(tuple(layer.snapshot() for layer in self._layers), self.left_padding)
 
     def restore(self, snapshot: ModelSnapshot) -> None:
         """Go to a state that `snapshot` returned.
 
         Args:
-            snapshot: of this cache, or of one made for the same model and batch.
+            snapshot: of this cache, or of one made for the same model, batch and padding.
 
         Raises:
-            CacheError: it belongs to another number of layers or rows.
+            CacheError: it belongs to another number of layers or rows, or to other padding.
         """
-        if (len(snapshot.layers), snapshot.batch_size) != (len(self), self.batch_size):
+        rows = len(snapshot.left_padding)
+        if (len(snapshot.layers), rows) != (len(self), self.batch_size):
             raise CacheError(
-                f"snapshot of {len(snapshot.layers)} layers and {snapshot.batch_size} rows; this "
+                f"snapshot of {len(snapshot.layers)} layers and {rows} rows; this "
                 f"cache has {len(self)} layers and {self.batch_size} rows"
+            )
+        if snapshot.left_padding != self.left_padding:
+            raise CacheError(
+                f"snapshot of rows padded by {list(snapshot.left_padding)} tokens; this cache's "
+                f"are padded by {list(self.left_padding)}"
             )
         for layer, state in zip(self._layers, snapshot.layers, strict=True):
             layer.restore(state)  # pyright: ignore[reportArgumentType]

@@ -100,7 +100,8 @@ class Model:
         """Logits of every position.
 
         Args:
-            tokens: (B, T) integers, each below the vocabulary's size.
+            tokens: (B, T) integers, each below the vocabulary's size. One token a row is taken
+                unchecked: it may still be on its way from the device.
             cache: of the positions before, which it extends; None for a text from its beginning.
 
         Returns:

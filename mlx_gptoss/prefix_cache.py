@@ -169,7 +169,7 @@ def _compact(cache: ModelCache) -> ModelSnapshot:
             layers.append(FullSnapshot((keys, values), (empty, empty), layer.offset, 0))
         else:
             layers.append(layer.snapshot())
-    snapshot = ModelSnapshot(tuple(layers), cache.batch_size)
+    snapshot = ModelSnapshot(tuple(layers), cache.left_padding)
     mx.eval([a for layer in layers for a in _arrays(layer)])
     return snapshot
 

@@ -197,6 +197,18 @@ def test_snapshot_of_another_cache_is_refused() -> None:
     )
 
 
+def test_snapshot_of_other_padding_is_refused() -> None:
+    """It was taken silently, and the rows then saw their padding: logits off by whole units."""
+    layers = [ring(), full()]
+    padded, plain = ModelCache(layers, [0, 3]), ModelCache(layers, [0, 0])
+    padded.restore(padded.snapshot())
+    with pytest.raises(CacheError) as caught:
+        plain.restore(padded.snapshot())
+    assert str(caught.value) == (
+        "snapshot of rows padded by [0, 3] tokens; this cache's are padded by [0, 0]"
+    )
+
+
 def test_rows_without_padding_need_no_start() -> None:
     assert model_cache(left_padding=[0, 0]).start is None
     start = model_cache().start
