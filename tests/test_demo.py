@@ -236,7 +236,7 @@ def test_more_effort_is_more_reasoning(engine: Engine) -> None:
     question = user("What is the capital of Spain?")
     replies = [ask(engine, question, effort=effort)[0] for effort in ReasoningEffort]
     assert {reply.text for reply in replies} == {"The capital of Spain is Madrid."}
-    low, medium, high = (reply.reasoning_tokens for reply in replies)
+    low, medium, high = (reply.usage.reasoning_tokens for reply in replies)
     assert 2 * low <= medium * 1.5 and medium * 1.5 <= high
 
 
