@@ -12,7 +12,7 @@ from mlx_gptoss import reference
 from mlx_gptoss.matrix import Matrix, expert_linear, on_cpu
 
 GROUP_FROM = 64  # (token, expert) pairs
-CPU_ROWS = 32  # tokens at a time on the CPU, which multiplies row by row: more only take memory
+CPU_ROWS = 8  # tokens at a time on the CPU, which multiplies row by row: more only take memory
 
 
 @dataclass(frozen=True, kw_only=True)

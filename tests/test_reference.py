@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import E2M1
 
-from mlx_gptoss import reference
+from mlx_gptoss import moe, reference
 from mlx_gptoss.attention import full_attention_fused, full_attention_in_blocks
 from mlx_gptoss.config import GPT_OSS_20B
 from mlx_gptoss.matrix import Matrix, embed, expert_linear, linear
@@ -288,12 +288,16 @@ def experts_by_hand(y, experts, weights, gate, up, down, residual) -> np.ndarray
     return out
 
 
+@pytest.mark.parametrize("block", [CPU_ROWS, 32], ids="blocks of {}".format)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 15, 16, 32, 33])
 @pytest.mark.parametrize("favourite", [None, 10], ids=["spread", "one expert for all"])
-def test_experts_by_hand(tokens: int, favourite: int | None) -> None:
+def test_experts_by_hand(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, favourite: int | None, block: int
+) -> None:
     """Below and above the pairs from which they are sorted, and the rows of a block on the CPU."""
+    monkeypatch.setattr(moe, "CPU_ROWS", block)
     d, h, e, chosen = 96, 64, 11, 4
-    assert 15 * chosen < GROUP_FROM <= 16 * chosen and CPU_ROWS == 32
+    assert 15 * chosen < GROUP_FROM <= 16 * chosen
     (gate, g), (up, u), (down, w) = (packed_experts(e, *s) for s in ((h, d), (h, d), (d, h)))
     bias = np.zeros(e, np.float32)
     if favourite is not None:
