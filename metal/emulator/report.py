@@ -31,7 +31,6 @@ ALLOWABLE = frozenset(
         "lock-step",
         "divergent-barrier",
         "divergent-simd",
-        "misaligned",
         "unwritten-output",
     }
 )

@@ -1,6 +1,7 @@
 """Launching a kernel: results in every mode, counters checked by hand, wrong arguments."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,3 +218,27 @@ def test_strides_cost_sectors_lines_and_banks(
     assert load.bank_conflicts == conflicts
     total = report.totals()
     assert (total.store_bytes, total.store_sectors, total.store_lines128) == (128, 4, 1)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("access", "found"),
+    [
+        (
+            "y[i] = *(device const float*)(x + 4 * i + 1);",
+            r"of 'x' is no multiple of 4, as .*float",
+        ),
+        ("y[i] = ((device const float4*)(x + 4))[0].w;", r"byte 4 of 'x' is no multiple of 16"),
+    ],
+)
+def test_a_misaligned_access_ends_the_launch(access: str, found: str, order: Any) -> None:
+    """Gone on with, it crashed: the compiler may have made an instruction that needs alignment."""
+    source = f"""#line 1 "k.metal"
+kernel void k(device const char* x, device float* y, uint i [[thread_position_in_grid]]) {{
+  {access}
+}}
+"""
+    buffers = {"x": Buffer.of(np.zeros(260, np.int8)), "y": Buffer.empty((64,), "float32")}
+    with pytest.raises(KernelFault, match=rf"k.metal:2: misaligned in kernel 'k': .*{found}") as e:
+        Kernel(source, "k")(buffers, grid=(64, 1, 1), threadgroup=(64, 1, 1), order=order)
+    assert [(f.check, f.buffer) for f in e.value.report.findings] == [("misaligned", "x")]

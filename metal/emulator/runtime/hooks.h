@@ -41,7 +41,7 @@ static void on_access(uint64_t address, uint64_t size, AccessKind kind, uint64_t
     return fail(READ_ONLY, place, "store to byte %llu of read-only buffer '%s'",
                 (unsigned long long)offset, region->name);
   if (size <= 16 && !(size & (size - 1)) && address % size)
-    report(MISALIGNED, place, "%llu-byte %s at byte %llu of '%s'", (unsigned long long)size,
+    return fail(MISALIGNED, place, "%llu-byte %s at byte %llu of '%s'", (unsigned long long)size,
            kind == LOAD ? "load" : "store", (unsigned long long)offset, region->name);
   if (region->cells) check_shadow(*region, offset, size, kind, PLAIN, place);
   count_access(*region, offset, size, kind, pc);
@@ -128,23 +128,37 @@ struct UbOutOfBounds {
   EmuSite site;
   UbType *array, *index;
 };
+struct UbTypeMismatch {
+  EmuSite site;
+  UbType* type;
+  uint8_t log_alignment, kind;
+};
 static void index_out_of_bounds(UbOutOfBounds* data, uint64_t index) {
   if (state.current)
     fail(ARRAY_INDEX, at_site(data->site), "index %lld in an array of type %s", (long long)index,
          data->array->name);
 }
-static void wrong_pointer(EmuSite* site, uint64_t pointer) {
+// Ends the launch: compiled for an aligned address, the access itself may fault.
+static void wrong_pointer(UbTypeMismatch* data, uint64_t pointer) {
   if (!state.current) return;
-  if (!pointer) return fail(INVALID_ACCESS, at_site(*site), "null pointer: no buffer is bound there");
-  report(MISALIGNED, at_site(*site), "the address ends in 0x%02x", (unsigned)(pointer & 0xFF));
+  if (!pointer) return fail(INVALID_ACCESS, at_site(data->site), "null pointer: no buffer is bound there");
+  Place place = at_site(data->site);
+  unsigned wanted = 1u << data->log_alignment;
+  const Region* region = find_region(pointer);
+  if (!region)
+    return fail(MISALIGNED, place, "the address is no multiple of %u, as type %s needs", wanted,
+                data->type->name);
+  place.buffer = region->buffer;
+  fail(MISALIGNED, place, "byte %llu of '%s' is no multiple of %u, as type %s needs",
+       (unsigned long long)(pointer - region->base), region->name, wanted, data->type->name);
 }
 static void division(EmuSite* site) {
   if (state.current)
     fail(DIVISION_BY_ZERO, at_site(*site), "the divisor is 0, or the quotient overflows");
 }
 extern "C" {
-void __ubsan_handle_type_mismatch_v1(EmuSite* site, uint64_t pointer) { wrong_pointer(site, pointer); }
-void __ubsan_handle_type_mismatch_v1_abort(EmuSite* site, uint64_t pointer) { wrong_pointer(site, pointer); }
+void __ubsan_handle_type_mismatch_v1(UbTypeMismatch* data, uint64_t pointer) { wrong_pointer(data, pointer); }
+void __ubsan_handle_type_mismatch_v1_abort(UbTypeMismatch* data, uint64_t pointer) { wrong_pointer(data, pointer); }
 void __ubsan_handle_out_of_bounds(UbOutOfBounds* data, uint64_t i) { index_out_of_bounds(data, i); }
 void __ubsan_handle_out_of_bounds_abort(UbOutOfBounds* data, uint64_t i) { index_out_of_bounds(data, i); }
 void __ubsan_handle_divrem_overflow(EmuSite* site, uint64_t, uint64_t) {
