@@ -1,6 +1,7 @@
 """What every test gets: a home of its own, and no network."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,15 @@ def isolated_home(
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     monkeypatch.delenv("MLX_GPTOSS_HOME", raising=False)
     return home
+
+
+@pytest.fixture(autouse=True)
+def emulator_only_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip a test at the point where it needs the emulator, on a machine that cannot run it."""
+    if sys.platform == "linux":
+        return
+
+    def skip() -> None:
+        pytest.skip("the Metal emulator runs on Linux; `pytest -m metal` runs kernels on a Mac")
+
+    monkeypatch.setattr("mlx_gptoss.metal.emulator.build.find_compiler", skip)
