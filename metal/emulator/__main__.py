@@ -19,7 +19,7 @@ from mlx_gptoss.metal.emulator.strict import check_strict
 EPILOG = """
 Buffers are named as the kernel's parameters, which also give their dtypes:
   x[5,1000]     random values; if it is not const, an output that the kernel must write
-  y[5]=0        filled with a value
+  y[5]=0        filled with a value; a shape counts elements, so float4* v of 5 is v[5,4]
   n=1000        a single value
   w=@w.npy      the contents of a file (bfloat16 as uint16; any bytes for a struct)
 
@@ -47,6 +47,13 @@ def _constant(text: str) -> tuple[str, bool | int | float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE") from None
 
 
+def _threadgroup_bytes(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)=([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not INDEX=BYTES")
+    return int(match[1]), int(match[2])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_gptoss.metal.emulator",
@@ -70,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--constant", type=_constant, action="append", default=[], metavar="NAME=VALUE",
         help="a function constant")  # fmt: skip
+    add("--threadgroup-bytes", type=_threadgroup_bytes, action="append", default=[],
+        metavar="INDEX=BYTES", help="size of a [[threadgroup(INDEX)]] argument")  # fmt: skip
     add("--include", type=Path, action="append", default=[], metavar="DIR", help="of #include")
     add(
         "--allow",
@@ -136,6 +145,7 @@ def _run(kernel: Kernel, options: argparse.Namespace) -> list[Report]:
                 threadgroup=options.threadgroup,
                 order=order,
                 threadgroups=options.threadgroups,
+                threadgroup_bytes=dict(options.threadgroup_bytes),
                 allow=options.allow,
             )
         except KernelFault as fault:

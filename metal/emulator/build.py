@@ -151,6 +151,9 @@ def _compile(
 def _diagnostics(stderr: str) -> str:
     """The errors of a compiler's output, first lines only."""
     lines = [x for x in stderr.splitlines() if re.search(r"\berror:|\bnote: in inst", x)]
+    lines = [
+        x for x in lines if not x.startswith("entry point:")
+    ] or lines  # what follows from them
     said = "\n".join(lines[:12]) or stderr.strip()[:2000]
     return re.sub(
         r"attempt to use a poisoned identifier.*", "double: Metal has no such type, use float", said

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 import time
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -77,8 +78,14 @@ class Kernel:
         runtime.library()
         try:
             self._code = ctypes.CDLL(str(self.library))
-        except OSError as error:  # a function constant without a value
-            raise EmulatorError(f"kernel '{function}' cannot be loaded: {error}") from error
+        except OSError as error:
+            missing = re.search(r"undefined symbol: (\w+)", str(error))
+            if missing is None or missing[1] not in prepared.function_constants:
+                raise EmulatorError(f"kernel '{function}' cannot be loaded: {error}") from error
+            raise EmulatorError(
+                f"kernel '{function}' uses the function constant '{missing[1]}', which has no "
+                f"value: give `constants` one, on the command line --constant {missing[1]}=VALUE"
+            ) from error
         described = (runtime.Parameter * len(self.parameters)).in_dll(self._code, "emu_parameters")
         self._types = list(described)
 
@@ -122,7 +129,8 @@ class Kernel:
         """
         if min(*grid, *threadgroup) < 1:
             raise ValueError(f"grid {grid}, threadgroup {threadgroup}: sizes start at 1")
-        bound = self._bind(buffers)
+        bound, threadgroup_bytes = self._bind(buffers), dict(threadgroup_bytes or {})
+        self._check_threadgroup_bytes(threadgroup_bytes)
         total = prod(-(-g // t) for g, t in zip(grid, threadgroup, strict=True))
         report = Report(self.name, self.mode.value, order, grid, threadgroup, total)
         if prod(threadgroup) > MAX_THREADS:
@@ -133,7 +141,7 @@ class Kernel:
         selected = _select(total, threadgroups, order)
         with runtime.lock:
             try:
-                self._run(report, bound, selected, threadgroup_bytes or {}, allowed)
+                self._run(report, bound, selected, threadgroup_bytes, allowed)
             finally:
                 runtime.free_all()
         if report.findings:
@@ -156,6 +164,20 @@ class Kernel:
             writable = not (kind.read_only or parameter.constant or buffer.read_only)
             bound[parameter.index] = (parameter, buffer, writable)
         return bound
+
+    def _check_threadgroup_bytes(self, sizes: Mapping[int, int]) -> None:
+        names = {p.index: p.name for p in self.parameters if p.kind == "threadgroup"}
+        for index in sorted(names.keys() ^ sizes.keys()):
+            if index not in names:
+                known = ", ".join(f"{n} ({i})" for i, n in names.items()) or "none"
+                raise EmulatorError(
+                    f"kernel '{self.name}' has no threadgroup argument {index}; it has {known}"
+                )
+            raise EmulatorError(
+                f"kernel '{self.name}': threadgroup argument '{names[index]}' ({index}) has no "
+                f"size: give `threadgroup_bytes`, on the command line "
+                f"--threadgroup-bytes {index}=BYTES"
+            )
 
     def _check_type(self, parameter: Parameter, kind: runtime.Parameter, buffer: Buffer) -> None:
         where = f"kernel '{self.name}': buffer '{parameter.name}' ({parameter.index})"

@@ -73,8 +73,9 @@ def parameters_of(source: MetalSource, function: str) -> list[Parameter]:
     text = source.signatures
     match = re.search(rf"\bvoid\s+{re.escape(function)}\s*\(", text)
     if match is None:
-        names = sorted(set(re.findall(r"(?:\bkernel\b|\[\[kernel\]\])\s+void\s+(\w+)", text)))
-        raise EmulatorError(f"kernel {function!r} not found; the source has {', '.join(names)}")
+        names = re.findall(r"(?:\bkernel\b|\[\[\s*kernel\s*\]\])\s+void\s+(\w+)", text)
+        known = ", ".join(sorted({*names, *source.instances})) or "none"
+        raise EmulatorError(f"kernel {function!r} not found; the source has {known}")
     end, depth = match.end(), 1
     while depth and end < len(text):
         depth += (text[end] == "(") - (text[end] == ")")

@@ -17,7 +17,7 @@ from mlx_gptoss.errors import EmulatorError
 _COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.S)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]')
 _ATTRIBUTE = re.compile(r"\[\[\s*[a-z_]+[^\[\]]*\]\]")
-_INSTANCE = re.compile(r'template\s*\[\[host_name\("([^"]*)"\)\]\][^;]*?decltype\(([^;]*)\)[^;]*;')
+_INSTANCE = re.compile(r'template\s*\[\[\s*host_name\("([^"]*)"\)\s*\]\]([^;]*);')
 _FUNCTION_CONSTANT = re.compile(
     r"\bconstant\s+(?:const\s+)?(\w+)\s+(\w+)\s*\[\[\s*function_constant\("
 )
@@ -113,11 +113,36 @@ def prepare(text: str) -> MetalSource:
     """Strip what C++ does not know from Metal source, and note what it said."""
     text = strip_comments(text)
     text = re.sub(r"(?m)^\s*#\s*(?:pragma|include\s*<metal_|include\s*<simd/).*$", "", text)
-    instances = {name: expression.strip() for name, expression in _INSTANCE.findall(text)}
+    instances = {name: _instance(declaration) for name, declaration in _INSTANCE.findall(text)}
     text = _INSTANCE.sub(lambda m: _line_ends(m.group(0)), text)
     constants = {name: kind for kind, name in _FUNCTION_CONSTANT.findall(text)}
     plain = _ATTRIBUTE.sub(lambda m: _line_ends(m.group(0)), text)
     return MetalSource(plain, text, instances, constants)
+
+
+def _instance(declaration: str) -> str:
+    """What an explicit instantiation declares: `f<float>` of `kernel decltype(f<float>) f<float>`.
+
+    The type may also be a typedef's name, or `void` with parameters behind the instance.
+    """
+    text = _ATTRIBUTE.sub("", declaration).strip()
+    if text.endswith(")"):
+        text = text[: _opening(text, "()")].rstrip()
+    start = _opening(text, "<>") if text.endswith(">") else len(text)
+    name = re.search(r"[\w:]+\s*$", text[:start])
+    if name is None:
+        raise EmulatorError(f"explicit instantiation not understood: {' '.join(text.split())!r}")
+    return text[name.start() :]
+
+
+def _opening(text: str, pair: str) -> int:
+    """Where the bracket opens that the last character of a text closes."""
+    depth = 0
+    for at in range(len(text) - 1, -1, -1):
+        depth += (text[at] == pair[1]) - (text[at] == pair[0])
+        if depth == 0:
+            return at
+    return 0
 
 
 def specialise(source: MetalSource, constants: Mapping[str, bool | int | float]) -> str:
@@ -137,6 +162,8 @@ def specialise(source: MetalSource, constants: Mapping[str, bool | int | float])
         value = constants.get(name)
         literal = str(value).lower() if isinstance(value, bool) else str(value)
         given = f"constexpr {kind} {name} = {kind}({literal});"
+        defined = rf"\bis_function_constant_defined\(\s*{name}\s*\)"
+        text = re.sub(defined, str(name in constants).lower(), text)
         declaration = rf"\bconstant\s+(?:const\s+)?{kind}\s+{name}\s*;"
         text = re.sub(declaration, given if name in constants else f"extern {kind} {name};", text)
     return text

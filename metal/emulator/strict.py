@@ -23,18 +23,20 @@ def check_strict(source: str, *functions: str) -> None:
 
     Args:
         source: Metal source, see `read_metal`.
-        functions: Instances of templates to check besides the explicit instantiations, such as
-            `"rms<float>"`: the body of a template that is never instantiated is half checked.
+        functions: Host names, or instances of templates to check besides the explicit
+            instantiations, such as `"rms<float>"`: the body of a template that is never
+            instantiated is half checked.
 
     Raises:
         CompileError: An address space is wrong.
     """
     prepared = prepare(source)
+    named = [prepared.instances.get(f, f) for f in functions]
     constants = dict.fromkeys(prepared.function_constants, 0)
     text = rewrite_threadgroup_variables(specialise(prepared, constants), _static_variable)
     # `constant int shape[4]` as a parameter is a pointer
     text = re.sub(r"(\bconstant\s+(?:const\s+)?\w+)\s+(\w+)\[\w*\](?=\s*[,)])", r"\1* \2", text)
-    build_strict(text + _instantiations([*prepared.instances.values(), *functions]))
+    build_strict(text + _instantiations([*prepared.instances.values(), *named]))
 
 
 def _instantiations(instances: Sequence[str]) -> str:

@@ -92,7 +92,11 @@ def test_dynamic_threadgroup_memory_and_function_constants() -> None:
         size = {"grid": (40, 1, 1), "threadgroup": (40, 1, 1)}
         kernel({0: Buffer.of(x), 1: y}, threadgroup_bytes={0: 160}, **size)
         assert (y.array() == x[::-1] * (1 + twice)).all()
-    with pytest.raises(EmulatorError, match=r"kernel 'swap' cannot be loaded: .* symbol: twice"):
+    with pytest.raises(EmulatorError, match=r"argument 'shared' \(0\) has no size: give"):
+        kernel({0: Buffer.of(x), 1: y}, **size)
+    with pytest.raises(EmulatorError, match=r"no threadgroup argument 1; it has shared \(0\)"):
+        kernel({0: Buffer.of(x), 1: y}, threadgroup_bytes={0: 160, 1: 4}, **size)
+    with pytest.raises(EmulatorError, match=r"function constant 'twice', which has no value"):
         Kernel(source, "swap")
     with pytest.raises(EmulatorError, match="no function constant thrice; the source has twice"):
         Kernel(source, "swap", constants={"thrice": 1})

@@ -69,18 +69,27 @@ using metal::vec;
   struct packed_##T##2 {                                                                          \
     T x, y;                                                                                       \
     packed_##T##2() = default;                                                                    \
+    EMU_INLINE packed_##T##2(T ax, T ay) : x(ax), y(ay) {}                                        \
+    EMU_INLINE thread T& operator[](uint i) { return (&x)[i]; }                                   \
+    EMU_INLINE T operator[](uint i) const { return (&x)[i]; }                                     \
     EMU_INLINE packed_##T##2(T##2 v) : x(v.x), y(v.y) {}                                          \
     EMU_INLINE operator T##2() const { return T##2{x, y}; }                                       \
   };                                                                                              \
   struct packed_##T##3 {                                                                          \
     T x, y, z;                                                                                    \
     packed_##T##3() = default;                                                                    \
+    EMU_INLINE packed_##T##3(T ax, T ay, T az) : x(ax), y(ay), z(az) {}                           \
+    EMU_INLINE thread T& operator[](uint i) { return (&x)[i]; }                                   \
+    EMU_INLINE T operator[](uint i) const { return (&x)[i]; }                                     \
     EMU_INLINE packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {}                                  \
     EMU_INLINE operator T##3() const { return T##3{x, y, z}; }                                    \
   };                                                                                              \
   struct packed_##T##4 {                                                                          \
     T x, y, z, w;                                                                                 \
     packed_##T##4() = default;                                                                    \
+    EMU_INLINE packed_##T##4(T ax, T ay, T az, T aw) : x(ax), y(ay), z(az), w(aw) {}              \
+    EMU_INLINE thread T& operator[](uint i) { return (&x)[i]; }                                   \
+    EMU_INLINE T operator[](uint i) const { return (&x)[i]; }                                     \
     EMU_INLINE packed_##T##4(T##4 v) : x(v.x), y(v.y), z(v.z), w(v.w) {}                          \
     EMU_INLINE operator T##4() const { return T##4{x, y, z, w}; }                                 \
   };
@@ -105,6 +114,15 @@ template <class T, int N> struct emu_vector<T __attribute__((ext_vector_type(N))
   static constexpr int lanes = N;
   using element = T;
 };
+#define EMU_PACKED_OF(T, N)                                                                       \
+  template <> struct emu_vector<packed_##T##N> {                                                  \
+    static constexpr int lanes = N;                                                               \
+    using element = T;                                                                            \
+  };
+#define EMU_ALL_PACKED(T) EMU_PACKED_OF(T, 2) EMU_PACKED_OF(T, 3) EMU_PACKED_OF(T, 4)
+EMU_ALL_PACKED(char) EMU_ALL_PACKED(uchar) EMU_ALL_PACKED(short) EMU_ALL_PACKED(ushort)
+EMU_ALL_PACKED(int) EMU_ALL_PACKED(uint) EMU_ALL_PACKED(half) EMU_ALL_PACKED(bfloat)
+EMU_ALL_PACKED(float)
 
 template <int At, class V> EMU_INLINE constexpr void emu_fill(V&) {
   static_assert(At == emu_vector<V>::lanes, "wrong number of components in a vector constructor");
@@ -118,22 +136,29 @@ EMU_INLINE constexpr void emu_fill(V& v, A a, Rest... rest) {
     for (int i = 0; i < lanes; i++) v[At + i] = E(a[i]);
   emu_fill<At + (lanes ? lanes : 1)>(v, rest...);
 }
+template <class... A> constexpr bool emu_all_scalars = ((emu_vector<A>::lanes == 0) && ...);
 template <class V> EMU_INLINE constexpr V emu_make() { return V{}; }
 template <class V, class A> EMU_INLINE constexpr V emu_make(A a) {
-  if constexpr (emu_vector<A>::lanes == 0) {
+  if constexpr (__is_class(A)) {
+    return V(a);  // a packed vector
+  } else if constexpr (emu_vector<A>::lanes == 0) {
     V v = (typename emu_vector<V>::element)(a);  // a splat
     return v;
-  } else if constexpr (__is_convertible_to(A, V)) {
-    return V(a);  // a packed vector
   } else {
     return __builtin_convertvector(a, V);
   }
 }
 template <class V, class A, class B, class... Rest>
 EMU_INLINE constexpr V emu_make(A a, B b, Rest... rest) {
-  V v{};
-  emu_fill<0>(v, a, b, rest...);
-  return v;
+  using E = typename emu_vector<V>::element;
+  if constexpr (emu_all_scalars<A, B, Rest...>) {  // what a constexpr variable may be made of
+    static_assert(2 + sizeof...(Rest) == emu_vector<V>::lanes, "wrong number of components");
+    return V{E(a), E(b), E(rest)...};
+  } else {
+    V v{};
+    emu_fill<0>(v, a, b, rest...);
+    return v;
+  }
 }
 
 // static_cast must convert vectors, and half to bfloat, which clang refuses: a function of that name

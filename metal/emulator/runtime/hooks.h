@@ -40,9 +40,6 @@ static void on_access(uint64_t address, uint64_t size, AccessKind kind, uint64_t
   if (kind == STORE && !(region->flags & WRITABLE))
     return fail(READ_ONLY, place, "store to byte %llu of read-only buffer '%s'",
                 (unsigned long long)offset, region->name);
-  if (size <= 16 && !(size & (size - 1)) && address % size)
-    return fail(MISALIGNED, place, "%llu-byte %s at byte %llu of '%s'", (unsigned long long)size,
-           kind == LOAD ? "load" : "store", (unsigned long long)offset, region->name);
   if (region->cells) check_shadow(*region, offset, size, kind, PLAIN, place);
   count_access(*region, offset, size, kind, pc);
 }
