@@ -232,7 +232,10 @@ def test_strides_cost_sectors_lines_and_banks(
             "y[i] = *(device const float*)(x + 4 * i + 1);",
             r"of 'x' is no multiple of 4, as .*float",
         ),
-        ("y[i] = ((device const float4*)(x + 4))[0].w;", r"byte 4 of 'x' is no multiple of 16"),
+        (
+            "float4 v = *(device const float4*)(x + 4); y[i] = v.w;",
+            r"byte 4 of 'x' is no multiple of 16",
+        ),
     ],
 )
 def test_a_misaligned_access_ends_the_launch(access: str, found: str, order: Any) -> None:
