@@ -57,6 +57,15 @@ def processor() -> str:
     return platform.processor()
 
 
+def _commit() -> str | None:
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or None
+
+
+COMMIT = _commit()  # read at the start: the tree may move on while a long benchmark runs
+
+
 def facts() -> dict[str, Any]:
     """Machine, system, versions and commit: what a figure means nothing without."""
     import os
@@ -67,8 +76,6 @@ def facts() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -76,7 +83,7 @@ def facts() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "commit": COMMIT,
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
