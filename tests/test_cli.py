@@ -290,7 +290,10 @@ def test_info_of_a_source_folder_names_the_converter(tmp_path: Path) -> None:
 def start(script: str, *arguments: str, **options: object) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tests/scripted.py"), script, *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"} | dict(options.pop("env", {}))  # type: ignore[call-overload]
-    return subprocess.Popen(command, env=env, **options)  # type: ignore[call-overload]
+    # A test run in the background ignores Ctrl-C, and children inherit that.
+    return subprocess.Popen(  # type: ignore[call-overload]
+        command, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+    )
 
 
 def on_terminal(script: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:

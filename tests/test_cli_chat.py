@@ -134,7 +134,7 @@ class Terminal:
             stderr=child,
             start_new_session=True,
             # a test run in the background ignores Ctrl-C, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(child)
         self.shown, self._seen = "", 0
