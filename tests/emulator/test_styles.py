@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_gptoss.errors import EmulatorError
 from mlx_gptoss.metal.emulator import Buffer, Kernel, check_strict, read_metal
 from mlx_gptoss.metal.emulator.__main__ import main
+from mlx_gptoss.metal.emulator.launch import Order
 
 FILE = Path(__file__).parent / "metal" / "styles.metal"
 ROWS, COLUMNS = 3, 20
@@ -29,6 +31,41 @@ def test_styles_of_other_projects(name: str, dtype: str, step: int, first: int) 
     wanted = np.roll(x @ tint + x[..., step] + 2.5, -first, axis=1)
     error = 2e-2 if dtype == "float16" else 1e-5
     np.testing.assert_allclose(y.array(), wanted, rtol=0, atol=error)
+
+
+HISTOGRAM = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void histogram(device const uchar* image, device atomic_uint* bins, constant uint& count,
+                      uint i [[thread_position_in_grid]],
+                      uint t [[thread_position_in_threadgroup]]) {
+  threadgroup atomic_uint local[64];
+  CLEAR
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (i < count) atomic_fetch_add_explicit(&local[image[i] % 64], 1, memory_order_relaxed);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  atomic_fetch_add_explicit(&bins[t], atomic_load_explicit(&local[t], memory_order_relaxed),
+                            memory_order_relaxed);
+}
+"""
+CLEAR = "atomic_store_explicit(&local[t], 0u, memory_order_relaxed);"
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_an_atomic_store_may_be_the_first_write(order: Order) -> None:
+    """It was reported as a read of what nobody wrote: a false alarm in every histogram."""
+    image = np.random.default_rng(1).integers(0, 256, 100, np.uint8)
+    given = {"image": Buffer.of(image), "count": Buffer.of(np.array([100], np.uint32))}
+    bins = Buffer.of(np.zeros(64, np.uint32))
+
+    def run(clear: str) -> None:
+        kernel = Kernel(HISTOGRAM.replace("CLEAR", clear), "histogram")
+        kernel({**given, "bins": bins}, grid=(128, 1, 1), threadgroup=(64, 1, 1), order=order)
+
+    run(CLEAR)
+    np.testing.assert_array_equal(bins.array(), np.bincount(image % 64, minlength=64))
+    with pytest.raises(EmulatorError, match="uninitialised-read"):
+        run("")
 
 
 def test_strict_knows_host_names() -> None:

@@ -39,6 +39,9 @@ struct EmuThread {
 
 enum EmuOperation { EMU_SHUFFLE, EMU_REDUCE, EMU_BALLOT, EMU_PREFIX, EMU_MATRIX, EMU_OPERATIONS };
 
+// A store alone needs no value before it.
+enum EmuAtomic { EMU_ATOMIC_READS, EMU_ATOMIC_STORES };
+
 #define EMU_CONVERGENT __attribute__((convergent))
 #ifndef MSL_PTX
 extern "C" {
@@ -49,6 +52,6 @@ EMU_CONVERGENT void emu_threadgroup_barrier(uint32_t flags, EmuSite site);
 EMU_CONVERGENT void emu_simdgroup_barrier(uint32_t flags, EmuSite site);
 // The threadgroup's one copy of a variable, made when the first thread asks for it.
 void* emu_threadgroup_variable(uint32_t id, size_t size, const char* name);
-void emu_atomic(const void* address, uint32_t size, EmuSite site);
+void emu_atomic(const void* address, uint32_t size, EmuAtomic kind, EmuSite site);
 }
 #endif

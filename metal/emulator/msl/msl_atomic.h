@@ -13,7 +13,7 @@ typedef atomic<bool> atomic_bool;
 
 template <class T, class F>
 inline __attribute__((noinline)) EMU_UNTRACED T emu_read_modify_write(T* a, F next, EmuSite site) {
-  emu_atomic(a, sizeof(T), site);
+  emu_atomic(a, sizeof(T), EMU_ATOMIC_READS, site);
   T old, desired;
   __atomic_load(a, &old, __ATOMIC_RELAXED);
   do desired = next(old);
@@ -21,9 +21,14 @@ inline __attribute__((noinline)) EMU_UNTRACED T emu_read_modify_write(T* a, F ne
   return old;
 }
 template <class T>
+inline __attribute__((noinline)) EMU_UNTRACED void emu_store(T* a, T desired, EmuSite site) {
+  emu_atomic(a, sizeof(T), EMU_ATOMIC_STORES, site);
+  __atomic_store(a, &desired, __ATOMIC_RELAXED);
+}
+template <class T>
 inline __attribute__((noinline)) EMU_UNTRACED bool emu_exchange_if(T* a, T* expected, T desired,
                                                                    EmuSite site) {
-  emu_atomic(a, sizeof(T), site);
+  emu_atomic(a, sizeof(T), EMU_ATOMIC_READS, site);
   return __atomic_compare_exchange(a, expected, &desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 }
 
@@ -47,8 +52,8 @@ inline __attribute__((noinline)) EMU_UNTRACED bool emu_exchange_if(T* a, T* expe
   }                                                                                               \
   template <class T>                                                                              \
   EMU_INLINE void atomic_store_explicit(volatile space atomic<T>* a, emu_same<T> x,               \
-                                        memory_order order, EMU_HERE) {                           \
-    atomic_exchange_explicit(a, x, order, site);                                                  \
+                                        memory_order, EMU_HERE) {                                 \
+    emu_store((T*)&a->value, T(x), site);                                                         \
   }                                                                                               \
   template <class T>                                                                              \
   EMU_INLINE void atomic_max_explicit(volatile space atomic<T>* a, emu_same<T> x,                 \

@@ -47,7 +47,7 @@ template <class Op, class T> EMU_SIMD T emu_scan(T x, T start, uint inclusive, E
 EMU_SIMD uint emu_ballot(bool vote, EmuSite) { return __nvvm_vote_ballot_sync(EMU_ALL, vote); }
 }  // namespace metal
 
-EMU_INLINE void emu_atomic(const void*, uint32_t, EmuSite) {}
+EMU_INLINE void emu_atomic(const void*, uint32_t, EmuAtomic, EmuSite) {}
 EMU_INLINE EmuThread emu_this_thread() {
   EmuThread t{};
 #define EMU_SREG(name)                                                                            \

@@ -111,7 +111,7 @@ void __asan_unregister_globals(void*, uint64_t) {}
 void __asan_register_elf_globals(void*, void*, void*) {}
 void __asan_unregister_elf_globals(void*, void*, void*) {}
 
-void emu_atomic(const void* pointer, uint32_t size, EmuSite site) {
+void emu_atomic(const void* pointer, uint32_t size, EmuAtomic kind, EmuSite site) {
   if (!tracing()) return;
   uint64_t address = (uint64_t)pointer;
   Region* region = find_region(address);
@@ -120,7 +120,8 @@ void emu_atomic(const void* pointer, uint32_t size, EmuSite site) {
   if (!(region->flags & WRITABLE))
     return fail(READ_ONLY, at_site(site), "atomic operation on read-only buffer '%s'", region->name);
   uint64_t offset = address - region->base;
-  if (region->cells[offset].write.state == UNTOUCHED && !(region->flags & INITIALISED))
+  const bool unwritten = region->cells[offset].write.state == UNTOUCHED && !(region->flags & INITIALISED);
+  if (kind == EMU_ATOMIC_READS && unwritten)
     report(UNINITIALISED, at_site(site), "atomic operation on byte %llu of '%s', which nobody wrote",
            (unsigned long long)offset, region->name);
   check_shadow(*region, offset, size, STORE, ATOMIC, at_site(site));
