@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scripted
 from click.testing import CliRunner, Result
 
 from mlx_gptoss import library, memory, model
-from mlx_gptoss.cli import main
+from mlx_gptoss.cli import chat_session, main
+from mlx_gptoss.runtime import Runtime
+from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +52,22 @@ def test_lines_of_a_pipe_are_messages_that_know_those_before(
     )
     first, second = result.stderr.splitlines()
     assert "cached" not in first and re.match(r"prompt \d+ tok \(\d+ cached\)", second)
+
+
+def test_options_of_sampling_are_those_of_generate(
+    answering: scripted.ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(chat_session.Session):
+        def __init__(self, runtime: Runtime, **given: Any) -> None:
+            seen.append(given["sampling"])
+            super().__init__(runtime, **given)
+
+    monkeypatch.setattr(chat_session, "Session", Watched)
+    result = chat("One?\n", "--top-p", "0.5", "--top-k", "3", "--min-p", "0.1", "--seed", "7")
+    assert (result.exit_code, result.stdout) == (0, ANSWER)
+    assert seen == [SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.1, seed=7)]
 
 
 def test_commands(answering: scripted.ScriptedModel, tmp_path: Path) -> None:

@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_gptoss.cli.console import note
-from mlx_gptoss.cli.generate import DEFAULT_MODEL
+from mlx_gptoss.cli.options import (
+    chosen_model,
+    max_tokens_option,
+    model_option,
+    reasoning_option,
+    sampling_options,
+)
 from mlx_gptoss.errors import GptOssError
 
 if TYPE_CHECKING:
     from mlx_gptoss.cli.chat_input import Lines
     from mlx_gptoss.cli.chat_session import Session
+    from mlx_gptoss.sampling import SamplingParams
 
 HELP = """\
 /help               this list
@@ -28,38 +35,11 @@ Ctrl-C stops an answer and keeps the chat."""
 
 
 @click.command()
-@click.option(
-    "-m",
-    "--model",
-    envvar="MLX_GPTOSS_MODEL",
-    show_envvar=True,
-    metavar="NAME",
-    show_default="demo",
-    help="demo, 20b, 120b, a folder or a hub id.",
-)
-@click.option(
-    "--reasoning",
-    type=click.Choice(["low", "medium", "high"]),
-    default="medium",
-    show_default=True,
-    help="How long the model thinks before it answers.",
-)
+@model_option
+@reasoning_option
 @click.option("--system", metavar="TEXT", help="Instructions that stand above the chat.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    show_default="to the end of the context",
-    help="Most tokens of one answer, reasoning included.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=1.0,
-    show_default=True,
-    metavar="T",
-    help="Randomness of the choice; 0 takes the most probable token.",
-)
+@max_tokens_option("of one answer")
+@sampling_options
 @click.option("--show-reasoning", is_flag=True, help="Print the reasoning to stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics or notes.")
 def chat(
@@ -68,7 +48,7 @@ def chat(
     reasoning: str,
     system: str | None,
     max_tokens: int | None,
-    temperature: float,
+    sampling: "SamplingParams",
     show_reasoning: bool,
     quiet: bool,
 ) -> None:
@@ -79,15 +59,8 @@ def chat(
     from mlx_gptoss.cli.chat_input import open_lines
     from mlx_gptoss.cli.chat_session import Session
     from mlx_gptoss.runtime import Runtime
-    from mlx_gptoss.sampling import SamplingParams
 
-    if model is None:
-        model = DEFAULT_MODEL
-        note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
-    try:
-        sampling = SamplingParams(temperature=temperature)
-    except ValueError as error:  # nan and infinity pass the ranges of click
-        raise click.UsageError(str(error)) from error
+    model = chosen_model(model, quiet=quiet)
     with Runtime.open(model) as runtime, open_lines() as lines:
         session = Session(
             runtime,

@@ -8,78 +8,27 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_gptoss.cli.console import Progress, note
+from mlx_gptoss.cli.options import (
+    chosen_model,
+    max_tokens_option,
+    model_option,
+    reasoning_option,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from mlx_gptoss.engine import Engine
     from mlx_gptoss.sampling import SamplingParams
     from mlx_gptoss.turn import Turn
 
-DEFAULT_MODEL = "demo"
-
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option(
-    "-m",
-    "--model",
-    envvar="MLX_GPTOSS_MODEL",
-    show_envvar=True,
-    metavar="NAME",
-    show_default="demo",
-    help="demo, 20b, 120b, a folder or a hub id.",
-)
-@click.option(
-    "--reasoning",
-    type=click.Choice(["low", "medium", "high"]),
-    default="medium",
-    show_default=True,
-    help="How long the model thinks before it answers.",
-)
+@model_option
+@reasoning_option
 @click.option("--system", metavar="TEXT", help="Instructions that stand above the prompt.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    show_default="to the end of the context",
-    help="Most tokens to generate, reasoning included.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=1.0,
-    show_default=True,
-    metavar="T",
-    help="Randomness of the choice; 0 takes the most probable token.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Keep the most probable tokens up to this mass.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=1),
-    metavar="K",
-    show_default="off",
-    help="Keep this many most probable tokens.",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    metavar="P",
-    show_default="off",
-    help="Keep tokens with this share of the best one's probability.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=2**64 - 1),
-    metavar="N",
-    show_default="a new one",
-    help="The same seed gives the same answer.",
-)
+@max_tokens_option("to generate")
+@sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--raw", is_flag=True, help="Print the sampled tokens with their harmony markers.")
 @click.option("--show-reasoning", is_flag=True, help="Print the reasoning to stderr.")
@@ -91,11 +40,7 @@ def generate(
     reasoning: str,
     system: str | None,
     max_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    min_p: float | None,
-    seed: int | None,
+    sampling: "SamplingParams",
     as_json: bool,
     raw: bool,
     show_reasoning: bool,
@@ -110,10 +55,7 @@ def generate(
     if show_reasoning and (raw or as_json):
         raise click.UsageError("--show-reasoning: --raw and --json hold the reasoning anyway")
     text = _prompt_text(prompt)
-    sampling = _sampling(temperature, top_p, top_k, min_p, seed)
-    if model is None:
-        model = DEFAULT_MODEL
-        note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
+    model = chosen_model(model, quiet=quiet)
     engine, load_s = _load(model)
     prompt_tokens = _render(text, system=system, reasoning=reasoning)
     turn = _turn(engine, prompt_tokens, sampling, max_tokens, quiet)
@@ -135,23 +77,6 @@ def _prompt_text(prompt: str | None) -> str:
     if not text.strip():
         raise click.UsageError("The prompt is empty")
     return text
-
-
-def _sampling(
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    min_p: float | None,
-    seed: int | None,
-) -> "SamplingParams":
-    from mlx_gptoss.sampling import SamplingParams
-
-    try:
-        return SamplingParams(
-            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
-        )
-    except ValueError as error:  # nan and infinity pass the ranges of click
-        raise click.UsageError(str(error)) from error
 
 
 def _load(name: str) -> "tuple[Engine, float]":
