@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from mlx_gptoss.convert.reading import Cutter, SourceReader
 from mlx_gptoss.convert.sources import Source, open_source
 from mlx_gptoss.convert.staging import Staging, clear_leftovers, staging
 from mlx_gptoss.convert.verify import KindError, verify_conversion
-from mlx_gptoss.convert.writing import WrittenFile, write_file
+from mlx_gptoss.convert.writing import WrittenFile, settle_file, write_file
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.manifest import MANIFEST, MANIFEST_VERSION
 from mlx_gptoss.vocabulary import check_tokenizer_json
@@ -220,14 +221,26 @@ def _write_weights(
     stage: Staging,
     phase: _Phase,
 ) -> None:
+    """Write what is missing; the disk settles a file while the next one is cut and hashed."""
     phase.resume(data_bytes({name: files[name] for name in stage.done}))
-    with SourceReader() as reader:
+    missing = [name for name in files if name not in stage.done]
+    with SourceReader() as reader, ThreadPoolExecutor(1) as settling:
         cutter = Cutter(source, quantization, reader)
-        for name, tensors in files.items():
-            if name not in stage.done:
-                path = stage.files / name
-                stage.finish(name, write_file(path, tensors, cutter.pieces, written=phase.add))
+        settled: Future[None] | None = None
+        for name in missing:
+            path = stage.files / name
+            written = write_file(path, files[name], cutter.pieces, written=phase.add)
+            if settled is not None:
+                settled.result()
+            settled = settling.submit(_settle, stage, name, written)
+        if settled is not None:
+            settled.result()
     phase.add(0)
+
+
+def _settle(stage: Staging, name: str, written: WrittenFile) -> None:
+    settle_file(stage.files / name)
+    stage.finish(name, written)
 
 
 def _write_small_files(

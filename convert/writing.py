@@ -72,10 +72,10 @@ def write_file(
     *,
     written: Callable[[int], None],
 ) -> WrittenFile:
-    """Write a file under another name, make it durable, and then give it its own name.
+    """Write a file under another name; `settle_file` makes it durable and gives it its own.
 
     Args:
-        path: Appears only when complete; until then `path` + `.part` is written.
+        path: Its name in the end; `path` + `.part` is written.
         tensors: Names and specs, in the order of the file.
         pieces: Yields the bytes of a tensor, in order.
         written: Told the number of bytes after each piece.
@@ -83,10 +83,9 @@ def write_file(
     Raises:
         OSError: The disk is full, or fails.
     """
-    part = path.with_name(path.name + ".part")
     whole, each = hashlib.sha256(), {name: hashlib.sha256() for name in tensors}
     nbytes = 0
-    with part.open("wb", buffering=0) as file:
+    with _part(path).open("wb", buffering=0) as file:
         workers = write_all, hash_file, hash_tensor = _Worker(), _Worker(), _Worker()
 
         def write(data: memoryview) -> None:
@@ -105,10 +104,23 @@ def write_file(
         finally:
             for worker in workers:
                 worker.stop()
-        os.fsync(file.fileno())
-    os.replace(part, path)
     digests = {name: digest.hexdigest() for name, digest in each.items()}
     return WrittenFile(nbytes, whole.hexdigest(), digests)
+
+
+def settle_file(path: Path) -> None:
+    """Make a written file durable, and only then give it its name.
+
+    Raises:
+        OSError: The disk is full, or fails.
+    """
+    with _part(path).open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(_part(path), path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def _file_pieces(
