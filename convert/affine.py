@@ -9,7 +9,7 @@ weights the root mean square error at 8 bits is a fifth lower.
 
 import numpy as np
 
-GROUP = 64
+from mlx_gptoss.checkpoint import DENSE_GROUP as GROUP
 
 
 def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,12 +19,13 @@ from typing import Any, Literal, get_args
 
 from mlx_gptoss._version import __version__
 from mlx_gptoss.checkpoint import (
+    DENSE_GROUP,
     MXFP4,
     Quantization,
+    converted_quantization,
     expected_tensors,
     linear_modules,
 )
-from mlx_gptoss.convert.affine import GROUP
 from mlx_gptoss.convert.output import (
     COPIED,
     Files,
@@ -174,18 +175,14 @@ def _check_paths(source: Path, target: Path) -> tuple[Path, Path]:
 
 
 def _quantization(source: Source, dense: Dense) -> dict[str, Quantization]:
-    """Packing of every module: experts MXFP4, routers never, the rest as asked."""
-    packed: dict[str, Quantization] = {}
+    """Packing of every module, where the columns allow it."""
+    packed = converted_quantization(source.config, dense)
     for module, shape in linear_modules(source.config).items():
-        if ".experts." in module:
-            packed[module] = MXFP4
-        elif dense != "bf16" and not module.endswith(".router"):
-            packed[module] = Quantization(GROUP, int(dense[1:]), "affine")
-            if shape[-1] % GROUP:
-                raise ConversionError(
-                    f"{source.folder}: {module}: {shape[-1]} columns are no multiple of {GROUP}, "
-                    f"which {dense} needs; convert with bf16"
-                )
+        if module in packed and packed[module] != MXFP4 and shape[-1] % DENSE_GROUP:
+            raise ConversionError(
+                f"{source.folder}: {module}: {shape[-1]} columns are no multiple of {DENSE_GROUP}, "
+                f"which {dense} needs; convert with bf16"
+            )
     return packed
 
 

@@ -28,6 +28,7 @@ from mlx_gptoss.weight_files import (
 if TYPE_CHECKING:
     import mlx.core as mx
 
+DENSE_GROUP = 64  # columns of one scale where the converter packs dense weights
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 
@@ -37,6 +38,7 @@ __all__ = [
     "Quantization",
     "TensorEntry",
     "TensorSpec",
+    "converted_quantization",
     "expected_tensors",
     "linear_modules",
     "open_checkpoint",
@@ -124,6 +126,25 @@ def linear_modules(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         }
     modules["lm_head"] = (c.vocab_size, hidden)
     return modules
+
+
+def converted_quantization(config: ModelConfig, dense: str) -> dict[str, Quantization]:
+    """How the converter packs every module: experts MXFP4, routers never, the rest as asked.
+
+    Args:
+        config: Sizes of the model.
+        dense: "bf16", "q8" or "q4".
+
+    Returns:
+        Module path to packing, as `expected_tensors` takes it.
+    """
+    packed: dict[str, Quantization] = {}
+    for module in linear_modules(config):
+        if ".experts." in module:
+            packed[module] = MXFP4
+        elif dense != "bf16" and not module.endswith(".router"):
+            packed[module] = Quantization(DENSE_GROUP, int(dense[1:]), "affine")
+    return packed
 
 
 def expected_tensors(

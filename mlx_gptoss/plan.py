@@ -15,7 +15,7 @@ from functools import cached_property
 
 from mlx_gptoss.attention import QUERY_BLOCK
 from mlx_gptoss.cache import GROWTH, RECENT
-from mlx_gptoss.checkpoint import MXFP4, Quantization, expected_tensors, linear_modules
+from mlx_gptoss.checkpoint import Quantization, converted_quantization, expected_tensors
 from mlx_gptoss.chips import CHIPS, GIB, default_working_set_bytes
 from mlx_gptoss.config import FULL, ModelConfig
 from mlx_gptoss.engine import PREFILL_CHUNK
@@ -76,13 +76,7 @@ def dense_quantization(config: ModelConfig, dense: str) -> dict[str, Quantizatio
     if dense not in DENSE_FORMATS:
         expected = ", ".join(DENSE_FORMATS)
         raise MachineError(f"dense: expected one of {expected}; got {dense!r}")
-    packed: dict[str, Quantization] = {}
-    for module in linear_modules(config):
-        if ".experts." in module:
-            packed[module] = MXFP4
-        elif dense != "bf16" and not module.endswith(".router"):
-            packed[module] = Quantization(64, int(dense[1:]), "affine")
-    return packed
+    return converted_quantization(config, dense)
 
 
 def weight_bytes(config: ModelConfig, packing: Mapping[str, Quantization]) -> dict[str, int]:
