@@ -1,4 +1,4 @@
-"""Memory traffic of the decode kernels, counted by the emulator, beside MLX's kernels.
+"""Memory traffic of the kernels, counted by the emulator, beside MLX's kernels.
 
     python benchmarks/traffic.py            tables, then one line of JSON
     python benchmarks/traffic.py --write    also rewrite tests/goldens/traffic.json
@@ -42,7 +42,7 @@ OPENAI = {"experts_swiglu": {"distinct_sectors_ratio": 2.27, "instruction_sector
 # 124 frozen tiles of 32 keys and 4 of the append segment are 8 for each of 16 splits.
 MODEL = Sizes(
     batch=1, hidden=2880, inter=2880, q_heads=64, kv_heads=8, experts=5, vocab=1408, window=128,
-    capacity=4096, rows=128, base=124 * 32, slot=127, splits=16,
+    capacity=4096, rows=128, base=124 * 32, slot=127, splits=16, tokens=512,
 )  # fmt: skip
 AT_32K = replace(MODEL, capacity=32768, base=1020 * 32, splits=32)
 SAMPLED = {  # threadgroups; the others run whole
@@ -57,6 +57,7 @@ STREAMS = {
     "attention_reduce": ("sums", "ends"),
     "attention_window": ("ring_k", "ring_v", "append_k", "append_v"),
     "embed": ("table_w", "table_s", "table_o"),
+    "expert_dispatch": ("experts",),
     "experts_down": ("down_w", "down_s"),
     "experts_swiglu": ("gate_w", "gate_s", "up_w", "up_s"),
     "norm_qkv_rope": tuple(f"w{name}_{part}" for name in "qkv" for part in "wso"),
@@ -99,6 +100,8 @@ def ideal_bytes(stem: str, given: dict[str, Any], sizes: Sizes) -> float:
             return given["sums"].nbytes + given["ends"].nbytes
         case "embed":
             return packed_bytes(given["matrix"]) / sizes.vocab
+        case "expert_dispatch":
+            return given["experts"].nbytes
         case "experts_down":
             return packed_bytes(given["down"]) * sizes.chosen / sizes.experts
         case "experts_swiglu":
@@ -130,7 +133,7 @@ def row_of(report: Report, ideal: float, streams: Sequence[str]) -> Row:
 
 def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
     """Run one kernel on bfloat16 activations and count."""
-    if stem == "route":
+    if stem in ("route", "expert_dispatch"):
         sizes = replace(sizes, experts=32)
     given = KERNELS[stem].case(Inputs(sizes, dtype=mx.bfloat16, dense=dense))
     sampled = SAMPLED.get(stem)

@@ -165,6 +165,7 @@ class Model:
             x = moe_block(
                 x,
                 moe,
+                kernels=self.kernels,
                 chosen=c.num_experts_per_tok,
                 eps=c.rms_norm_eps,
                 limit=c.swiglu_limit,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_gptoss import reference
+from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix, expert_linear, on_cpu
 
 GROUP_FROM = 64  # (token, expert) pairs
@@ -27,13 +28,21 @@ class MoeWeights:
 
 
 def moe_block(
-    x: mx.array, weights: MoeWeights, *, chosen: int, eps: float, limit: float, alpha: float
+    x: mx.array,
+    weights: MoeWeights,
+    *,
+    kernels: KernelSet,
+    chosen: int,
+    eps: float,
+    limit: float,
+    alpha: float,
 ) -> mx.array:
     """Run every token through its experts, and add to the residual stream.
 
     Args:
         x: (B, T, D), the residual stream.
         weights: of this layer.
+        kernels: orders the pairs.
         chosen: K.
         eps: of the norm.
         limit: of the SwiGLU clamps.
@@ -44,17 +53,23 @@ def moe_block(
     """
     rows = x.reshape(-1, x.shape[-1])
     step = CPU_ROWS if on_cpu() else rows.shape[0]
+    rest = {"kernels": kernels, "chosen": chosen, "eps": eps, "limit": limit, "alpha": alpha}
     parts = [
-        _experts(
-            rows[first : first + step], weights, chosen=chosen, eps=eps, limit=limit, alpha=alpha
-        )
+        _experts(rows[first : first + step], weights, **rest)
         for first in range(0, rows.shape[0], step)
     ]
     return mx.concatenate(parts).reshape(x.shape)
 
 
 def _experts(
-    rows: mx.array, weights: MoeWeights, *, chosen: int, eps: float, limit: float, alpha: float
+    rows: mx.array,
+    weights: MoeWeights,
+    *,
+    kernels: KernelSet,
+    chosen: int,
+    eps: float,
+    limit: float,
+    alpha: float,
 ) -> mx.array:
     """`moe_block` of tokens (N, D)."""
     y, experts, shares = reference.route(rows, weights.norm, weights.router, chosen=chosen, eps=eps)
@@ -64,8 +79,8 @@ def _experts(
         x = y[:, None, None]
         h = reference.experts_swiglu(x, experts, weights.gate, weights.up, **clamps)
         return reference.experts_down(h, experts, shares, weights.down, rows)
-    order, inverse = reference.expert_dispatch(experts)
-    pairs, x = experts.flatten()[order], y[order // chosen][:, None]
+    by_expert = kernels.expert_dispatch(experts, count=weights.gate.weight.shape[0])
+    pairs, x = by_expert.experts, y[by_expert.order // chosen][:, None]
     h = reference.experts_swiglu(x, pairs, weights.gate, weights.up, **clamps)  # (N*K, 1, H)
-    z = expert_linear(h, weights.down, pairs, grouped=True)[inverse]
+    z = expert_linear(h, weights.down, pairs, grouped=True)[by_expert.inverse]
     return reference.combine(z.reshape(*experts.shape, -1), shares, rows)

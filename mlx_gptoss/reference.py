@@ -10,6 +10,7 @@ W window, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -359,18 +360,36 @@ def combine(y: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
     return total.astype(residual.dtype)
 
 
-def expert_dispatch(experts: mx.array) -> tuple[mx.array, mx.array]:
+class Dispatch(NamedTuple):
+    """(token, expert) pairs ordered by expert, P = N*K of them, all uint32.
+
+    Attributes:
+        order: (P,), the pair at each sorted place: token order // K, choice order % K.
+        inverse: (P,), the sorted place of each pair.
+        experts: (P,), the expert of each sorted place.
+        offsets: (E + 1,), where each expert's places begin; the last is P.
+    """
+
+    order: mx.array
+    inverse: mx.array
+    experts: mx.array
+    offsets: mx.array
+
+
+def expert_dispatch(experts: mx.array, *, count: int) -> Dispatch:
     """Order the (token, expert) pairs by expert, so that each expert's weights are read once.
 
     Args:
         experts: (N, K) uint32.
+        count: E, of all experts.
 
     Returns:
-        order (N*K,) uint32: the pair (token order // K, choice order % K) at each sorted place;
-        inverse (N*K,) uint32: the sorted place of each pair.
+        The order; pairs of one expert keep theirs.
     """
-    order = mx.argsort(experts.flatten())
-    return order, mx.argsort(order)
+    flat = experts.flatten()
+    order = mx.argsort(flat * flat.size + mx.arange(flat.size, dtype=mx.uint32))
+    lower = flat < mx.arange(count + 1, dtype=mx.uint32)[:, None]
+    return Dispatch(order, mx.argsort(order), flat[order], lower.sum(1).astype(mx.uint32))
 
 
 def final_logits(h: mx.array, matrix: Matrix) -> mx.array:

@@ -89,9 +89,10 @@ def test_header_has_every_field(stem: str) -> None:
 def test_address_spaces(
     stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one row, where MLX passes the token as `constant`, and with nine."""
-    for batch in (1, 9) if stem == "embed" else (1,):
-        name, text = metal_text(stem, replace(Sizes(), batch=batch), dtype, dense, monkeypatch)
+    """With one row, where MLX passes the token or its experts as `constant`, and with nine."""
+    for rows in (1, 9) if stem in ("embed", "expert_dispatch") else (1,):
+        sizes = replace(Sizes(), batch=rows, tokens=rows)
+        name, text = metal_text(stem, sizes, dtype, dense, monkeypatch)
         check_strict(text, name)
 
 
@@ -154,6 +155,11 @@ def change(stem: str, **changes: Any) -> None:
          r"append keys: expected \(1, 5, 48, 64\) float32, got \(1, 5, 48, 64\) float16"),
         ("embed", {"width": 100},
          "table columns: expected a multiple of 32 that fills whole simdgroups, got 100"),
+        ("expert_dispatch", {"experts": mx.zeros((6,), mx.uint32)},
+         r"experts: expected \(N, K\), got \(6,\)"),
+        ("expert_dispatch", {"experts": mx.zeros((6, 4), mx.int32)},
+         r"experts: expected \(6, 4\) uint32, got \(6, 4\) int32"),
+        ("expert_dispatch", {"count": 0}, "count: expected at least 1, got 0"),
         ("experts_down", {"residual": mx.zeros((1, 190))},
          r"residual: expected \(1, 192\) float32, got \(1, 190\) float32"),
         ("experts_swiglu", {"chosen": 21}, "chosen: expected 1 to 20, got 21"),

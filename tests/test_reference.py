@@ -8,6 +8,7 @@ from tiny import E2M1
 from mlx_gptoss import moe, reference
 from mlx_gptoss.attention import full_attention_fused, full_attention_in_blocks
 from mlx_gptoss.config import GPT_OSS_20B
+from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.matrix import Matrix, embed, expert_linear, linear
 from mlx_gptoss.moe import CPU_ROWS, GROUP_FROM, MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable
@@ -305,7 +306,8 @@ def test_experts_by_hand(
     router = Matrix(weight=normal(e, d) / 3, bias=mx.array(bias))
     norm, x = normal(d), normal(1, tokens, d)
     weights = MoeWeights(norm=norm, router=router, gate=gate, up=up, down=down)
-    got = moe_block(x, weights, chosen=chosen, eps=1e-5, limit=7.0, alpha=1.702)
+    kernels = all_definitions("the reference is under test")
+    got = moe_block(x, weights, kernels=kernels, chosen=chosen, eps=1e-5, limit=7.0, alpha=1.702)
     y, experts, shares = reference.route(x[0], norm, router, chosen=chosen, eps=1e-5)
     expected = experts_by_hand(
         wide(y),
@@ -324,10 +326,12 @@ def test_experts_by_hand(
 
 def test_dispatch_sorts_by_expert_and_back() -> None:
     experts = mx.array([[3, 1], [0, 3], [3, 2]], mx.uint32)
-    order, inverse = reference.expert_dispatch(experts)
-    assert experts.flatten()[order].tolist() == [0, 1, 2, 3, 3, 3]
-    assert order[inverse].tolist() == list(range(6))
-    assert order[inverse[4]].item() // 2 == 2, "pair 4 is token 2's first choice"
+    found = reference.expert_dispatch(experts, count=5)
+    assert found.experts.tolist() == [0, 1, 2, 3, 3, 3]
+    assert found.order.tolist() == [2, 1, 5, 0, 3, 4], "pairs of one expert keep their order"
+    assert found.order[found.inverse].tolist() == list(range(6))
+    assert found.offsets.tolist() == [0, 1, 2, 3, 6, 6]
+    assert {array.dtype for array in found} == {mx.uint32}
 
 
 def test_experts_are_weighed_and_summed_in_float32() -> None:

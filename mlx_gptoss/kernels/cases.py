@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.reference import choose_experts
 
 Dense = Literal["plain", "q8", "q4"]
 Arguments = dict[str, Any]
@@ -38,6 +39,7 @@ class Sizes:
     base: int = 461
     slot: int = 37
     splits: int = 3
+    tokens: int = 131
 
 
 class Inputs:
@@ -234,6 +236,15 @@ def experts_down(make: Inputs) -> Arguments:
         "down": make.expert_matrix(s.hidden, s.inter),
         "residual": make.normal(s.batch, s.hidden),
     }
+
+
+def expert_dispatch(make: Inputs) -> Arguments:
+    """Inputs of `kernels.expert_dispatch`: `choose_experts` of random logits, none to expert 1."""
+    s = make.sizes
+    logits = make.normal(s.tokens, s.experts).astype(mx.float32)
+    logits = mx.where(mx.arange(s.experts) == 1, -mx.inf, logits)
+    experts, _ = choose_experts(logits, chosen=s.chosen)
+    return {"experts": experts, "count": s.experts}
 
 
 def unembed(make: Inputs) -> Arguments:

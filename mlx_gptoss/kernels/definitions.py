@@ -141,6 +141,11 @@ def experts_down(h: mx.array, logits: mx.array, down: Matrix, residual: mx.array
     return reference.experts_down(h[:, :, None], experts, weights, down, residual)
 
 
+def expert_dispatch(experts: mx.array, *, count: int) -> reference.Dispatch:
+    """See `kernels.expert_dispatch`."""
+    return reference.expert_dispatch(experts, count=count)
+
+
 def unembed(
     x: mx.array,
     norm: mx.array,

@@ -1,10 +1,13 @@
-"""The expert kernels: gate and up with SwiGLU, and down with the weighted sum."""
+"""The expert kernels: gate and up with SwiGLU, down with the weighted sum, pairs by expert."""
 
 import mlx.core as mx
 
 from mlx_gptoss.kernels.launch import FLOATS, expect, launch, number, require
 from mlx_gptoss.kernels.matrix import expert_inputs, simdgroups
 from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.reference import Dispatch
+
+DISPATCH_SIMDGROUPS = 8
 
 
 def experts_swiglu(
@@ -94,3 +97,39 @@ def experts_down(h: mx.array, logits: mx.array, down: Matrix, residual: mx.array
         threads=32 * groups,
     )
     return y
+
+
+def expert_dispatch(experts: mx.array, *, count: int) -> Dispatch:
+    """The (token, expert) pairs of a chunk or a batch, ordered by expert.
+
+    Args:
+        experts: (N, K) uint32, each below `count`.
+        count: E, of all experts.
+
+    Returns:
+        See `reference.Dispatch`; pairs of one expert keep their order.
+    """
+    stem = "expert_dispatch"
+    require(stem, experts.ndim == 2 and experts.size, "experts", "(N, K)", experts.shape)
+    expect(stem, "experts", experts, experts.shape, mx.uint32)
+    require(stem, count > 0, "count", "at least 1", count)
+    body = (
+        f"threadgroup uint counts[{2 * DISPATCH_SIMDGROUPS}];\n"
+        f"expert_dispatch<{DISPATCH_SIMDGROUPS}>(experts, order, inverse, sorted, offsets, counts, "
+        "uint(experts_shape[0] * experts_shape[1]), threadgroups_per_grid.x, $tile, $lane, $group);"
+    )
+    places = ((experts.size,), mx.uint32)
+    found = launch(
+        stem,
+        {"experts": experts},
+        {
+            "order": places,
+            "inverse": places,
+            "sorted": places,
+            "offsets": ((count + 1,), mx.uint32),
+        },
+        body=body,
+        groups=(count, 1, 1),
+        threads=32 * DISPATCH_SIMDGROUPS,
+    )
+    return Dispatch(*found)

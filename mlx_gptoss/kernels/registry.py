@@ -51,7 +51,7 @@ def _softmax(outputs: list[mx.array], arguments: Arguments) -> list[mx.array]:
 
 _WRAPPERS: dict[ModuleType, tuple[str, ...]] = {
     attention: ("attention_decode", "attention_reduce", "attention_window"),
-    experts: ("experts_down", "experts_swiglu"),
+    experts: ("expert_dispatch", "experts_down", "experts_swiglu"),
     projections: ("embed", "norm_qkv_rope", "out_residual", "route"),
     sampling: ("sample_token", "unembed"),
 }
