@@ -2,8 +2,12 @@
 
 One token a row takes the decode form, several take the prefill form; both read and extend the
 layer's cache, so a prompt may come in chunks of any size.
+
+A batch has one cache for all its rows, or one for each: then the weights are multiplied for all
+rows together, and each row attends over its own keys and values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,6 +15,8 @@ import mlx.core as mx
 from mlx_gptoss import reference
 from mlx_gptoss.cache import FullCache, WindowCache
 from mlx_gptoss.matrix import Matrix, on_cpu
+
+Store = WindowCache | FullCache
 
 QUERY_BLOCK = 64  # on the CPU, full attention holds Hq * 64 * S float32 scores, not Hq * T * S
 
@@ -32,38 +38,62 @@ class Place:
     """Where in the text a call's tokens are, and the numbers every layer attends with."""
 
     angles: tuple[mx.array, mx.array]  # cos and sin of the new positions, from RopeTable.at
-    start: mx.array | None  # (B,) int32, first position of each row that is not padding
+    starts: tuple[mx.array | None, ...]  # of each cache, (rows,) int32: first that is no padding
     head_dim: int
     eps: float  # of the norm
     scale: float  # of q . k, from rope.softmax_scale
 
 
 def attention_block(
-    x: mx.array, weights: AttentionWeights, cache: WindowCache | FullCache, place: Place
+    x: mx.array, weights: AttentionWeights, stores: Sequence[Store], place: Place
 ) -> mx.array:
-    """Attend, and add to the residual stream; the cache takes the new keys and values.
+    """Attend, and add to the residual stream; the caches take the new keys and values.
 
     Args:
         x: (B, T, D), the residual stream.
         weights: of this layer.
-        cache: of this layer; its kind decides between sliding and full attention.
+        stores: caches of this layer, one for all rows or one for each; their kind decides between
+            sliding and full attention.
         place: of these tokens.
 
     Returns:
         (B, T, D) in the type of x.
     """
-    q, k, v = _project(x, weights, place, place.angles)
-    if isinstance(cache, WindowCache):
-        mixed = _sliding(q, k, v, weights.sinks, cache, place)
-    else:
-        mixed = _full(q, k, v, weights.sinks, cache, place)
-    return reference.out_residual(mixed, weights.out, x)
+    new = _project(x, weights, place, place.angles)
+    by_store = zip(*(mx.split(a, len(stores)) for a in new), strict=True)
+    mixed = [
+        _attend(*qkv, weights.sinks, store, scale=place.scale, start=start)
+        for qkv, store, start in zip(by_store, stores, place.starts, strict=True)
+    ]
+    return reference.out_residual(mx.concatenate(mixed), weights.out, x)
+
+
+def _attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    sinks: mx.array,
+    store: Store,
+    *,
+    scale: float,
+    start: mx.array | None,
+) -> mx.array:
+    if isinstance(store, WindowCache):
+        return _sliding(q, k, v, sinks, store, scale=scale, start=start)
+    return _full(q, k, v, sinks, store, scale=scale, start=start)
 
 
 def _sliding(
-    q: mx.array, k: mx.array, v: mx.array, sinks: mx.array, cache: WindowCache, place: Place
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    sinks: mx.array,
+    cache: WindowCache,
+    *,
+    scale: float,
+    start: mx.array | None,
 ) -> mx.array:
-    rest = {"offset": cache.offset, "scale": place.scale, "start": place.start}
+    rest = {"offset": cache.offset, "scale": scale, "start": start}
     if q.shape[2] == 1:
         return reference.attention_window(q, *cache.append(k, v), sinks, **rest)
     keys, values = cache.extend(k, v)
@@ -74,38 +104,45 @@ def _sliding(
 
 
 def _full(
-    q: mx.array, k: mx.array, v: mx.array, sinks: mx.array, cache: FullCache, place: Place
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    sinks: mx.array,
+    cache: FullCache,
+    *,
+    scale: float,
+    start: mx.array | None,
 ) -> mx.array:
-    rest = {"scale": place.scale, "start": place.start}
     if q.shape[2] == 1:
-        return reference.attention_decode(q, cache.append(k, v), sinks, **rest)
+        return reference.attention_decode(q, cache.append(k, v), sinks, scale=scale, start=start)
     offset = cache.offset
     keys, values = cache.extend(k, v)
-    return _causal_attention(q, keys, values, sinks, offset=offset, **rest)
+    return _causal_attention(q, keys, values, sinks, offset=offset, scale=scale, start=start)
 
 
 def last_token_block(
-    x: mx.array, weights: AttentionWeights, cache: WindowCache | FullCache, place: Place
+    x: mx.array, weights: AttentionWeights, stores: Sequence[Store], place: Place
 ) -> mx.array:
-    """As `attention_block`, but only the last token attends; the cache takes all T.
+    """As `attention_block` with one cache, but only the last token attends; the cache takes all T.
 
     Args:
         x: (B, T, D), the residual stream.
         weights: of this layer.
-        cache: of this layer.
+        stores: the cache of this layer.
         place: of these tokens.
 
     Returns:
         (B, 1, D) in the type of x.
     """
     if x.shape[1] == 1:
-        return attention_block(x, weights, cache, place)
+        return attention_block(x, weights, stores, place)
+    (cache,), (start,) = stores, place.starts
     last = x[:, -1:]
     cos, sin = place.angles
     # What is not used of the two calls, MLX never computes.
     q, _, _ = _project(last, weights, place, (cos[:, :, -1:], sin[:, :, -1:]))
     _, k, v = _project(x, weights, place, place.angles)
-    rest = {"scale": place.scale, "start": place.start}
+    rest = {"scale": place.scale, "start": start}
     segment = cache.extend(k, v)
     if isinstance(cache, WindowCache):
         offset = cache.offset - 1

@@ -12,21 +12,27 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_gptoss import reference
-from mlx_gptoss.attention import AttentionWeights, Place, attention_block, last_token_block
+from mlx_gptoss.attention import (
+    AttentionWeights,
+    Place,
+    Store,
+    attention_block,
+    last_token_block,
+)
 from mlx_gptoss.cache import FullCache, ModelCache, WindowCache
 from mlx_gptoss.checkpoint import Quantization, open_checkpoint
 from mlx_gptoss.config import FULL, ModelConfig
 from mlx_gptoss.errors import CacheError
 from mlx_gptoss.kernels.cases import Dense
 from mlx_gptoss.kernels.selection import Choice, all_definitions, choose_kernels, sizes_of
-from mlx_gptoss.matrix import Matrix, embed
+from mlx_gptoss.matrix import Matrix, embed, on_cpu
 from mlx_gptoss.moe import MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable, softmax_scale
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 KERNELS = ("auto", "on", "off")
 
-AttentionBlock = Callable[[mx.array, AttentionWeights, WindowCache | FullCache, Place], mx.array]
+AttentionBlock = Callable[[mx.array, AttentionWeights, Sequence[Store], Place], mx.array]
 
 
 class Model:
@@ -130,7 +136,7 @@ class Model:
             ValueError: see `__call__`.
             CacheError: see `__call__`.
         """
-        return self._forward(tokens, cache, attention_block)
+        return self._forward(tokens, [self._given(tokens, cache)], attention_block)
 
     def next_logits(self, tokens: mx.array, cache: ModelCache | None = None) -> mx.array:
         """Logits after the last position alone, for the price of one unembedded row.
@@ -146,21 +152,50 @@ class Model:
             ValueError: see `__call__`.
             CacheError: see `__call__`.
         """
-        return self.unembed(self._forward(tokens, cache, last_token_block))[:, 0]
+        caches = [self._given(tokens, cache)]
+        return self.unembed(self._forward(tokens, caches, last_token_block))[:, 0]
+
+    def step_rows(self, tokens: mx.array, caches: Sequence[ModelCache]) -> mx.array:
+        """Logits after one more token of several texts, each with a cache of its own.
+
+        The weights are multiplied for all rows together, attention runs row by row; so rows may
+        have any offsets, come and go, and have the very bits that they have alone. MLX's CPU keeps
+        that promise (`tests/test_rows.py`); on Metal it picks its products' kernels by the number
+        of rows, so there each row is multiplied alone.
+
+        Args:
+            tokens: (B,) integers; may still be on their way from the device.
+            caches: B caches of one row each, which it extends.
+
+        Returns:
+            (B, V) float32.
+
+        Raises:
+            ValueError: see `__call__`.
+            CacheError: see `__call__`.
+        """
+        if tokens.shape != (len(caches),) or not caches:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"tokens: expected one for each of {len(caches)} caches, got {shape}")
+        if on_cpu():
+            return self.unembed(self._forward(tokens[:, None], caches, attention_block))[:, 0]
+        rows = zip(tokens[:, None, None], caches, strict=True)
+        return mx.concatenate([self.next_logits(token, cache) for token, cache in rows])
 
     def unembed(self, h: mx.array) -> mx.array:
         """Logits of hidden states, (B, T, D) -> (B, T, V) float32."""
         return reference.final_logits(h, self.unembedding)
 
     def _forward(
-        self, tokens: mx.array, cache: ModelCache | None, last_block: AttentionBlock
+        self, tokens: mx.array, caches: Sequence[ModelCache], last_block: AttentionBlock
     ) -> mx.array:
         """Hidden states after the final norm, of the positions that `last_block` returns."""
-        cache = self._checked(tokens, cache)
-        place = self._place(tokens.shape[1], cache)
+        self._check_caches(tokens, caches)
+        place = self._place(tokens.shape[1], caches)
         c, x = self.config, embed(tokens, self.embedding, self.dtype)
         blocks = [attention_block] * (c.num_hidden_layers - 1) + [last_block]
-        for block, (attention, moe), store in zip(blocks, self.layers, cache, strict=True):
+        stores = zip(*caches, strict=True)
+        for block, (attention, moe), store in zip(blocks, self.layers, stores, strict=True):
             x = block(x, attention, store, place)
             x = moe_block(
                 x,
@@ -173,41 +208,46 @@ class Model:
             )
         return reference.rms_norm(x, self.norm, eps=c.rms_norm_eps).astype(self.dtype)
 
-    def _place(self, count: int, cache: ModelCache) -> Place:
+    def _place(self, count: int, caches: Sequence[ModelCache]) -> Place:
         # A padded row is turned further than alone, queries and keys alike: only distances count.
-        positions = cache.offset + mx.arange(count)[None]
+        offsets = mx.array([cache.offset for cache in caches], mx.int32)
         return Place(
-            angles=self.rope.at(positions),
-            start=cache.start,
+            angles=self.rope.at(offsets[:, None] + mx.arange(count)),
+            starts=tuple(cache.start for cache in caches),
             head_dim=self.config.head_dim,
             eps=self.config.rms_norm_eps,
             scale=self.softmax_scale,
         )
 
-    def _checked(self, tokens: mx.array, cache: ModelCache | None) -> ModelCache:
-        """The cache to use; a caller's mistakes are found here, before anything is changed."""
-        c = self.config
+    def _given(self, tokens: mx.array, cache: ModelCache | None) -> ModelCache:
+        """The cache to use; a caller's mistakes are found before anything is changed."""
         if tokens.ndim != 2 or 0 in tokens.shape or not mx.issubdtype(tokens.dtype, mx.integer):
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens: expected (B, T) integers, got {shape} {tokens.dtype}")
         batch, count = tokens.shape
+        size = self.config.vocab_size
         if count > 1:  # a prompt is on the host; a sampled token may still be on its way
             low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= c.vocab_size:
+            if low < 0 or high >= size:
                 wrong = low if low < 0 else high
-                raise ValueError(f"tokens: expected ids from 0 to {c.vocab_size - 1}, got {wrong}")
-        cache = self.make_cache(batch) if cache is None else cache
-        if (cache.batch_size, len(cache)) != (batch, c.num_hidden_layers):
-            raise CacheError(
-                f"cache of {cache.batch_size} rows and {len(cache)} layers, but {batch} rows were "
-                f"given to a model of {c.num_hidden_layers} layers; make one with model.make_cache"
-            )
-        if cache.offset + count > c.max_position_embeddings:
-            raise CacheError(
-                f"the context holds {c.max_position_embeddings} positions: {cache.offset} are "
-                f"taken, {count} more do not fit"
-            )
-        return cache
+                raise ValueError(f"tokens: expected ids from 0 to {size - 1}, got {wrong}")
+        return self.make_cache(batch) if cache is None else cache
+
+    def _check_caches(self, tokens: mx.array, caches: Sequence[ModelCache]) -> None:
+        c, (batch, count) = self.config, tokens.shape
+        rows = batch // len(caches)
+        for cache in caches:
+            if (cache.batch_size, len(cache)) != (rows, c.num_hidden_layers):
+                raise CacheError(
+                    f"cache of {cache.batch_size} rows and {len(cache)} layers, but {rows} rows "
+                    f"were given to a model of {c.num_hidden_layers} layers; make one with "
+                    "model.make_cache"
+                )
+            if cache.offset + count > c.max_position_embeddings:
+                raise CacheError(
+                    f"the context holds {c.max_position_embeddings} positions: {cache.offset} are "
+                    f"taken, {count} more do not fit"
+                )
 
 
 class _WeightReader:
