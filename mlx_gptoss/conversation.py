@@ -30,6 +30,7 @@ from mlx_gptoss.harmony import (
     tool_result,
     user,
 )
+from mlx_gptoss.rules import ToolChoice, TurnRules, turn_rules
 
 ChatDict = Mapping[str, Any]
 Messages = str | Sequence[Message | ChatDict]
@@ -45,13 +46,13 @@ class Conversation:
         messages: From the system message on.
         recipients: Tools that may be called: harmony name to the app's.
         head: How many messages come before the first of the user: instructions and tools.
-        answers: What answers must follow, if anything.
+        rules: How the turn may end; None: as it likes.
     """
 
     messages: tuple[Message, ...]
     recipients: Mapping[str, str]
     head: int
-    answers: ResponseFormat | None
+    rules: TurnRules | None
 
 
 def read_conversation(
@@ -61,6 +62,7 @@ def read_conversation(
     instructions: str | None = None,
     reasoning: ReasoningEffort | str | None = None,
     tools: Tools = (),
+    tool_choice: ToolChoice = "auto",
     response_format: Answers | None = None,
 ) -> Conversation:
     """Return the conversation of what an app gave.
@@ -71,6 +73,7 @@ def read_conversation(
         instructions: The app's own prompt.
         reasoning: "low", "medium" (default) or "high".
         tools: Offered: descriptions, built-in namespaces, or Chat Completions dictionaries.
+        tool_choice: See `turn_rules`.
         response_format: A schema for the answer, or the `response_format` of Chat Completions.
 
     Raises:
@@ -84,7 +87,7 @@ def read_conversation(
                 "messages[0]: a system message of your own says everything; expected no "
                 "instructions, reasoning, tools or response_format beside it"
             )
-        return _own(given)
+        return _own(given, tool_choice=tool_choice)
     toolbox = _toolbox(tools)
     texts, rest = _Reader(toolbox).read(given)
     if not rest:
@@ -103,11 +106,14 @@ def read_conversation(
             )
         )
     return Conversation(
-        messages=(*head, *rest), recipients=toolbox.recipients, head=len(head), answers=answers
+        messages=(*head, *rest),
+        recipients=toolbox.recipients,
+        head=len(head),
+        rules=turn_rules(toolbox, answers=answers, tool_choice=tool_choice),
     )
 
 
-def _own(given: Sequence[Message | ChatDict]) -> Conversation:
+def _own(given: Sequence[Message | ChatDict], *, tool_choice: ToolChoice) -> Conversation:
     """A conversation that begins with our own system message."""
     functions: list[ToolDescription] = []
     builtin: list[ToolNamespace] = []
@@ -132,7 +138,10 @@ def _own(given: Sequence[Message | ChatDict]) -> Conversation:
         )
     first = cast("Sequence[Message]", given[:head])
     return Conversation(
-        messages=(*first, *rest), recipients=toolbox.recipients, head=head, answers=answers
+        messages=(*first, *rest),
+        recipients=toolbox.recipients,
+        head=head,
+        rules=turn_rules(toolbox, answers=answers, tool_choice=tool_choice),
     )
 
 
@@ -162,10 +171,14 @@ def _description(tool: ChatDict, where: str) -> ToolDescription:
         raise HarmonyError(
             f'{where}: expected {{"type": "function", "function": {{"name": ...}}}}, got {tool!r}'
         )
+    parameters = function.get("parameters")
+    if not isinstance(parameters, Mapping | None):
+        raise HarmonyError(f"{where}.function.parameters: expected a schema, got {parameters!r}")
     return ToolDescription(
         name=function["name"],
         description=function.get("description") or "",
-        parameters=function.get("parameters"),
+        parameters=parameters,
+        strict=function.get("strict") is True,
     )
 
 
@@ -176,7 +189,9 @@ def _answers(given: Answers | None) -> ResponseFormat | None:
     match given.get("type"):
         case "text":
             return None
-        case "json_schema" if isinstance(schema, Mapping) and "schema" in schema:
+        case "json_schema" if isinstance(schema, Mapping) and isinstance(
+            schema.get("schema"), Mapping
+        ):
             name, description = schema.get("name", "answer"), schema.get("description")
             return ResponseFormat(name=name, schema=schema["schema"], description=description)
         case _:

@@ -26,6 +26,7 @@ from mlx_gptoss.harmony import FinishReason, Message, ReasoningEffort, tool_resu
 from mlx_gptoss.harmony.ledger import prepare_prompt
 from mlx_gptoss.memory import Memory
 from mlx_gptoss.owner import Owner, Task
+from mlx_gptoss.rules import ToolChoice
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.stream import AsyncStream, Outbox, Stream
 from mlx_gptoss.structured import Guide
@@ -118,6 +119,7 @@ class Runtime:
         instructions: str | None = None,
         reasoning: Effort | None = None,
         tools: Tools = (),
+        tool_choice: ToolChoice = "auto",
         response_format: Answers | None = None,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
@@ -128,10 +130,15 @@ class Runtime:
             messages: A question, or the messages so far, ours or chat dictionaries.
             instructions: The app's own prompt.
             reasoning: How long to think; medium if None.
-            tools: What the model may call.
-            response_format: A schema that the answer then follows; needs the extra `structured`.
+            tools: What the model may call; the calls of one with `strict` follow its schema.
+            tool_choice: "auto", "none", "required" or, as OpenAI writes it, a tool to be called.
+            response_format: A schema that the answer then follows.
             max_tokens: Most tokens to write; None: as many as context and memory hold.
             sampling: How to choose tokens; default: temperature 1, nothing filtered.
+
+        Strict tools, another choice than "auto" and a response format need the extra `structured`.
+        An answer that `max_tokens` cuts (`FinishReason.LENGTH`) is the beginning of one that
+        follows its schema; a call that is cut is none.
 
         Returns:
             The events; close it to cancel. What goes wrong later is raised while it is read.
@@ -140,11 +147,18 @@ class Runtime:
             HarmonyError: The messages cannot be understood; see `read_conversation`.
             MachineError: The turn does not fit the memory.
             RuntimeClosedError: The runtime is closed, or was opened before a fork.
-            SchemaError: The answer cannot be held to the schema.
+            SchemaError: The turn cannot be held to a schema.
         """
         return Stream(
             self._submit(
-                messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+                messages,
+                instructions,
+                reasoning,
+                tools,
+                tool_choice,
+                response_format,
+                max_tokens,
+                sampling,
             )
         )
 
@@ -155,6 +169,7 @@ class Runtime:
         instructions: str | None = None,
         reasoning: Effort | None = None,
         tools: Tools = (),
+        tool_choice: ToolChoice = "auto",
         response_format: Answers | None = None,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
@@ -162,7 +177,14 @@ class Runtime:
         """`stream` for `async for`, in any event loop."""
         return AsyncStream(
             self._submit(
-                messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+                messages,
+                instructions,
+                reasoning,
+                tools,
+                tool_choice,
+                response_format,
+                max_tokens,
+                sampling,
             )
         )
 
@@ -173,13 +195,21 @@ class Runtime:
         instructions: str | None = None,
         reasoning: Effort | None = None,
         tools: Tools = (),
+        tool_choice: ToolChoice = "auto",
         response_format: Answers | None = None,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
     ) -> Reply:
         """`stream` to its end; returns what it came to."""
         outbox = self._submit(
-            messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+            messages,
+            instructions,
+            reasoning,
+            tools,
+            tool_choice,
+            response_format,
+            max_tokens,
+            sampling,
         )
         with Stream(outbox) as stream:
             return stream.reply()
@@ -191,13 +221,21 @@ class Runtime:
         instructions: str | None = None,
         reasoning: Effort | None = None,
         tools: Tools = (),
+        tool_choice: ToolChoice = "auto",
         response_format: Answers | None = None,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
     ) -> Reply:
         """`respond` without blocking the event loop; cancelling the task cancels the turn."""
         outbox = self._submit(
-            messages, instructions, reasoning, tools, response_format, max_tokens, sampling
+            messages,
+            instructions,
+            reasoning,
+            tools,
+            tool_choice,
+            response_format,
+            max_tokens,
+            sampling,
         )
         async with AsyncStream(outbox) as stream:
             return await stream.reply()
@@ -267,6 +305,7 @@ class Runtime:
         instructions: str | None,
         reasoning: Effort | None,
         tools: Tools,
+        tool_choice: ToolChoice,
         response_format: Answers | None,
         max_tokens: int | None,
         sampling: SamplingParams | None,
@@ -278,6 +317,7 @@ class Runtime:
             instructions=instructions,
             reasoning=reasoning,
             tools=tools,
+            tool_choice=tool_choice,
             response_format=response_format,
         )
         prompt = prepare_prompt(conversation.messages)
@@ -285,9 +325,7 @@ class Runtime:
         if self._admission is not None:
             context = self._admission.grant(context, max_tokens)
             max_tokens = max_tokens or max(context - len(prompt.tokens), 1)
-        guide = None
-        if conversation.answers is not None:
-            guide = Guide(conversation.answers, recipients=conversation.recipients)
+        guide = None if conversation.rules is None else Guide(conversation.rules)
         outbox = Outbox(self._owner.wake)
         self._owner.submit(
             Task(

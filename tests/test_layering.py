@@ -26,6 +26,7 @@ LAYERS = [
     ["engine"],
     ["library", "model_info"],
     ["harmony", "plan", "transcripts", "routes", "kernel_faults"],
+    ["rules"],
     [
         "turn",
         "doctor",

@@ -55,11 +55,13 @@ class ToolDescription:
         name: a TypeScript identifier where it is rendered; a `Toolbox` takes any name.
         description: told to the model as comment lines.
         parameters: JSON schema of the arguments; None for a function without arguments.
+        strict: calls are held to that schema while they are sampled; needs the extra `structured`.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

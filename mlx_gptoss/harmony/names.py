@@ -29,6 +29,7 @@ class Toolbox:
         builtin: for `SystemContent.tools`.
         recipients: for `HarmonyParser`: `functions.get_weather` to `get-weather`,
             `browser.search` and `python` to themselves.
+        strict: harmony name to the app's description, for tools whose arguments are held to it.
 
     Raises:
         HarmonyError: a name is empty, comes twice, or is a built-in tool's.
@@ -42,6 +43,7 @@ class Toolbox:
         renamed = (replace(tool, name=chosen[tool.name]) for tool in functions)
         self.functions = (function_tools(*renamed),) if functions else ()
         self.recipients = {f"functions.{new}": name for name, new in chosen.items()}
+        self.strict = {f"functions.{chosen[tool.name]}": tool for tool in functions if tool.strict}
         for recipient in _builtin_recipients(self.builtin):
             if recipient in chosen:
                 raise HarmonyError(
