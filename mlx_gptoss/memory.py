@@ -13,6 +13,7 @@ from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.machine import read_machine
 from mlx_gptoss.plan import MIN_CONTEXT, ON_CPU, ON_METAL, MemoryPlan, max_context
+from mlx_gptoss.prefix_cache import MOST_SAVED
 
 GIB = 2**30
 
@@ -69,7 +70,8 @@ class Memory:
         """What is left beside turns that reserved these contexts; negative if they do not fit."""
         plans = [replace(self._plan, context=context) for context in contexts]
         scratch = max((max(p.prefill_bytes, p.decode_bytes) for p in plans), default=0)
-        return self.limit_bytes - self._weights_bytes - scratch - sum(p.kv_bytes for p in plans)
+        turns = sum(p.kv_bytes + p.snapshots * p.snapshot_bytes for p in plans)
+        return self.limit_bytes - self._weights_bytes - scratch - turns
 
 
 def memory_of(folder: Path, *, limit_bytes: int | None) -> Memory | None:
@@ -92,6 +94,7 @@ def memory_of(folder: Path, *, limit_bytes: int | None) -> Memory | None:
         config=checkpoint.config,
         packing=checkpoint.quantization,
         context=1,
+        snapshots=MOST_SAVED,
         scratch=ON_METAL if mx.metal.is_available() else ON_CPU,
     )
     return Memory(plan, limit_bytes=limit)

@@ -19,10 +19,12 @@ from queue import Empty, SimpleQueue
 
 import mlx.core as mx
 
+from mlx_gptoss.cache_folder import CacheFolder
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.errors import RuntimeClosedError
 from mlx_gptoss.harmony.ledger import Prompt
 from mlx_gptoss.memory import Memory
+from mlx_gptoss.model import Model
 from mlx_gptoss.prefix_cache import PrefixCache, Slot
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.steps import Guide
@@ -113,6 +115,7 @@ class Owner:
         load: Returns the engine; called in the thread.
         memory: Admission; None admits everything.
         cache_bytes: Budget of `PrefixCache`.
+        files: Opens the folder that keeps it beyond the process; None keeps nothing there.
         concurrent: Most turns at once.
 
     Raises:
@@ -125,9 +128,11 @@ class Owner:
         *,
         memory: Memory | None,
         cache_bytes: int,
+        files: Callable[[Model], CacheFolder] | None,
         concurrent: int,
     ):
-        self._memory, self._cache_bytes, self._concurrent = memory, cache_bytes, concurrent
+        self._memory, self._concurrent = memory, concurrent
+        self._cache_bytes, self._files = cache_bytes, files
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -176,11 +181,14 @@ class Owner:
     def _main(self, load: Callable[[], Engine], loaded: "Future[None]") -> None:
         try:
             engine = load()
+            files = self._files(engine.model) if self._files else None
         except BaseException as error:
             self._closed = True
             loaded.set_exception(error)
             return
-        self._prefixes = PrefixCache(engine.model.make_cache, budget_bytes=self._cache_bytes)
+        self._prefixes = PrefixCache(
+            engine.model.make_cache, budget_bytes=self._cache_bytes, files=files
+        )
         loaded.set_result(None)
         failure: BaseException = RuntimeClosedError(CLOSED)
         try:
@@ -192,6 +200,7 @@ class Owner:
             failure = error
         finally:
             self._end(failure)
+            self._prefixes.close()
             del self._prefixes, engine, load
             gc.collect()
             mx.clear_cache()

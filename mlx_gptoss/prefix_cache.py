@@ -8,6 +8,9 @@ changed, and what it reuses is bit for bit what was computed.
 
 A conversation that begins with instructions seen before starts from a copy of their K,V.
 
+With a `CacheFolder`, what is kept is also written there, and a prompt that begins with more than is
+in memory starts from a file.
+
 All of this belongs to the thread that owns the model.
 """
 
@@ -25,6 +28,8 @@ from mlx_gptoss.cache import (
     WindowCache,
     WindowSnapshot,
 )
+from mlx_gptoss.cache_files import Content
+from mlx_gptoss.cache_folder import CacheFolder, Saved
 from mlx_gptoss.harmony.ledger import PrefixStore, Prompt, TokenLedger
 
 MOST_SAVED = 8  # places to go back to, of one conversation; the instructions and the newest
@@ -56,19 +61,23 @@ class Slot:
         cache: The arrays.
         ledger: What they were fed, and where the cache can go back to.
         marks: Positions of the present prompt at which rings are saved.
+        saved: Its file, which the next one replaces.
     """
 
     cache: ModelCache
     ledger: TokenLedger[Rings] = field(default_factory=TokenLedger[Rings])
     marks: tuple[int, ...] = ()
+    saved: Saved | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the cache and of everything saved, in bytes."""
-        return self.cache.nbytes + sum(rings.nbytes for rings in self.ledger.states)
+        return self.cache.nbytes + sum(rings.nbytes for rings in self.ledger.states.values())
 
     def go_to(self, length: int, state: Rings | None) -> None:
         """Go back to a start that the ledger returned."""
+        if length < max(self.ledger.positions, default=0):
+            self.saved = None  # what is dropped can be gone back to there
         if state is not None:
             windows = iter(state.windows)
             for layer in self.cache:
@@ -76,6 +85,14 @@ class Slot:
                     layer.restore(next(windows))
                 else:
                     layer.trim(layer.offset - length)
+
+    def content(self) -> Content:
+        """What a file of it holds; the long stores take in what is in the short ones."""
+        for layer in self.cache:
+            if isinstance(layer, FullCache):
+                layer.freeze()
+        windows = {position: rings.windows for position, rings in self.ledger.states.items()}
+        return Content.of(self.ledger.tokens, self.cache.snapshot().layers, windows)
 
     def note(self, tokens: Sequence[int]) -> None:
         """Note that the cache was fed `tokens` up to its offset, and save the rings at a mark."""
@@ -92,11 +109,18 @@ class PrefixCache:
 
     Args:
         make_cache: Makes an empty cache of the model.
-        budget_bytes: Most bytes kept between turns; 0 keeps nothing.
+        budget_bytes: Most bytes kept in memory between turns; 0 keeps nothing.
+        files: Keeps what is kept beyond this process too.
     """
 
-    def __init__(self, make_cache: Callable[[], ModelCache], *, budget_bytes: int):
-        self._make_cache = make_cache
+    def __init__(
+        self,
+        make_cache: Callable[[], ModelCache],
+        *,
+        budget_bytes: int,
+        files: CacheFolder | None = None,
+    ):
+        self._make_cache, self._files = make_cache, files
         self._idle: list[Slot] = []  # the last one was used last
         self._shared = PrefixStore[ModelSnapshot](budget_bytes // SHARED_PART)
         self._budget_bytes = budget_bytes
@@ -121,7 +145,13 @@ class PrefixCache:
         start, slot = max(starts, key=lambda s: s[0].length, default=(None, None))
         shared = self._shared.best_start(tokens)
         # On a tie the copy: a slot that has only the instructions in common is another's.
-        if slot is not None and start is not None and start.length > shared.length:
+        had = start.length if start is not None else 0
+        had = max(shared.length, had if had > head else had - 1)
+        if loaded := self._load(tokens, more_than=had):
+            slot = loaded
+            if slot.cache.offset == head:
+                self.share(slot)
+        elif slot is not None and start is not None and start.length > shared.length:
             self._idle.remove(slot)
             slot.go_to(start.length, start.state)
             slot.ledger.rewind(start)
@@ -136,26 +166,55 @@ class PrefixCache:
 
     def share(self, slot: Slot) -> None:
         """Keep a copy of everything a slot holds for other conversations."""
-        snapshot = _compact(slot.cache)
+        snapshot, tokens = _compact(slot.cache), slot.ledger.tokens
         nbytes = sum(a.nbytes for layer in snapshot.layers for a in _arrays(layer))
-        self._shared.put(slot.ledger.tokens, snapshot, size_bytes=nbytes)
+        self._shared.put(tokens, snapshot, size_bytes=nbytes)
+        if self._files is not None and not self._files.holds(tokens):
+            self._files.save(Content.of(tokens, snapshot.layers, {}))
 
     def give_back(self, slot: Slot) -> None:
         """Keep a slot for its conversation's next turn; the least recently used make room."""
+        if self._files is not None and slot.ledger.tokens:
+            slot.saved = self._files.save(slot.content(), replaces=slot.saved)
         self._idle.append(slot)
-        self.shrink(self._budget_bytes)
+        self._keep(self._budget_bytes)
 
     def shrink(self, budget_bytes: int) -> None:
-        """Give up idle conversations, the oldest first, then the rest, to fit a budget."""
+        """Give up idle conversations, the oldest first, then the rest, to fit a budget.
+
+        What waits to be written counts too: where it does not fit, this waits for the disk.
+        """
+        self._keep(budget_bytes)
+        if self._files is not None and self.nbytes + self._files.waiting_bytes > budget_bytes:
+            self._files.flush()
+
+    def close(self) -> None:
+        """Give up everything in memory; what waits to be written is."""
+        self._idle.clear()
+        self._shared.clear()
+        if self._files is not None:
+            self._files.close()
+
+    def _keep(self, budget_bytes: int) -> None:
         while self._idle and self.nbytes > budget_bytes:
             self._idle.pop(0)
         if self.nbytes > budget_bytes:
             self._shared.clear()
 
-    def clear(self) -> None:
-        """Give up everything."""
-        self._idle.clear()
-        self._shared.clear()
+    def _load(self, tokens: Sequence[int], *, more_than: int) -> Slot | None:
+        """A slot from the longest beginning in a file."""
+        if self._files is None:
+            return None
+        cache = self._make_cache()
+        found = self._files.load(tokens, cache, more_than=more_than)
+        if found is None:
+            return None
+        slot = Slot(cache, saved=found.saved)
+        for position in sorted(found.windows):
+            slot.ledger.feed(tokens[len(slot.ledger.tokens) : position])
+            slot.ledger.save(Rings(found.windows[position]))
+        slot.ledger.feed(tokens[len(slot.ledger.tokens) : found.length])
+        return slot
 
 
 def _compact(cache: ModelCache) -> ModelSnapshot:

@@ -17,9 +17,12 @@ that reuses a cache may differ in the last bits from one that does not (`cache_b
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from mlx_gptoss import library, memory, model
+from mlx_gptoss.cache_folder import CacheFolder, open_folder
 from mlx_gptoss.conversation import Answers, Messages, Tools, read_conversation
 from mlx_gptoss.engine import MOST_AT_ONCE, Engine
 from mlx_gptoss.harmony import FinishReason, Message, ReasoningEffort, tool_result
@@ -59,6 +62,8 @@ class Runtime:
         load: Returns the engine; called once, in the owner thread.
         admission: Refuses what does not fit the memory; None admits everything.
         cache_bytes: Most bytes of keys and values kept between turns.
+        files: Opens the folder that keeps them beyond this process, for the model that was loaded;
+            called once, in the owner thread. None keeps them nowhere.
         concurrent: Most turns at once, 1 to 16; others wait in the order they came.
 
     Raises:
@@ -71,6 +76,7 @@ class Runtime:
         *,
         admission: Memory | None = None,
         cache_bytes: int = CACHE_BYTES,
+        files: Callable[[model.Model], CacheFolder] | None = None,
         concurrent: int = CONCURRENT,
     ):
         if not 1 <= concurrent <= MOST_AT_ONCE:
@@ -78,7 +84,9 @@ class Runtime:
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes: expected a number >= 0, got {cache_bytes}")
         self._admission = admission
-        self._owner = Owner(load, memory=admission, cache_bytes=cache_bytes, concurrent=concurrent)
+        self._owner = Owner(
+            load, memory=admission, cache_bytes=cache_bytes, files=files, concurrent=concurrent
+        )
 
     @classmethod
     def open(
@@ -87,6 +95,7 @@ class Runtime:
         *,
         kernels: Literal["auto", "on", "off"] = "auto",
         cache_bytes: int = CACHE_BYTES,
+        cache_dir: str | Path | None = None,
         concurrent: int = CONCURRENT,
         memory_limit_bytes: int | None = None,
     ) -> "Runtime":
@@ -96,12 +105,15 @@ class Runtime:
             name: "demo", "20b", "120b", a folder, or a hub id that was downloaded.
             kernels: See `load_model`.
             cache_bytes: Most bytes of keys and values kept between turns.
+            cache_dir: A folder that keeps them beyond this process, 4 GiB at most, for this model
+                on this machine. Its files hold what was said; only their owner can read them.
             concurrent: Most turns at once, 1 to 16; others wait in the order they came.
             memory_limit_bytes: What everything may take; None asks the machine.
 
         Raises:
             ModelNotFoundError: No such model here; says how to get it.
             MachineError: It does not fit the memory.
+            CacheError: `cache_dir` cannot be used.
             GptOssError: The model cannot be loaded; see `load_model`.
         """
         folder, record = library.find_model(name), library.kernel_record()
@@ -109,6 +121,7 @@ class Runtime:
             lambda: harmony_engine(model.load_model(folder, kernels=kernels, kernel_record=record)),
             admission=memory.memory_of(folder, limit_bytes=memory_limit_bytes),
             cache_bytes=cache_bytes,
+            files=partial(open_folder, cache_dir, folder) if cache_dir is not None else None,
             concurrent=concurrent,
         )
 

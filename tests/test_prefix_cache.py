@@ -5,74 +5,32 @@ turns have tools and reasoning; the logits behind it are the model's.
 """
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-import scripted
-from tiny import TinyShape
-from weights import tiny_model
+from given import (
+    ANSWER,
+    CALL,
+    HEADER,
+    REASONING,
+    GivenModel,
+    Route,
+    cold,
+    new_model,
+    size,
+)
 
-from mlx_gptoss.cache import ModelCache
-from mlx_gptoss.harmony import Channel, Message, ToolDescription, render_message, tool_result, user
+from mlx_gptoss.cache_folder import CacheFolder
+from mlx_gptoss.harmony import Channel, Message, ToolDescription, tool_result, user
 from mlx_gptoss.model import Model
 from mlx_gptoss.prefix_cache import MOST_SAVED
 from mlx_gptoss.runtime import Runtime
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.turn import harmony_engine
-from mlx_gptoss.vocabulary import N_VOCAB
+from mlx_gptoss.turn import Reply, harmony_engine
 
-FOLD = 1024  # ids of the real vocabulary stand for those of the tiny model, modulo this
-REASONING = "<|channel|>analysis<|message|>Hm {}<|end|><|start|>assistant"
-CALL = '<|channel|>commentary to=functions.look <|constrain|>json<|message|>{{"at":{}}}<|call|>'
-ANSWER = "<|channel|>final<|message|>So {}<|return|>"
 GREEDY = SamplingParams(temperature=0)
 LOOK = ToolDescription(name="look", parameters={"type": "object"})
-HEADER = 2  # <|start|>assistant
-Route = list[tuple[int, list[int]]]  # what was fed, by position
-
-
-class GivenModel:
-    """Computes a real model, and says what it is told to.
-
-    Attributes:
-        routes: For each cache, the pieces that made what it holds.
-        first: The route and the (FOLD,) logits at the end of the last prompt.
-    """
-
-    def __init__(self, model: Model):
-        self.config = SimpleNamespace(vocab_size=N_VOCAB, max_position_embeddings=131_072)
-        self.model, self.script = model, ""
-        self.kernels = model.kernels
-        self.routes: dict[int, Route] = {}
-        self.first: tuple[Route, np.ndarray] = ([], np.zeros(0))
-        self.computed = 0
-
-    def make_cache(self) -> ModelCache:
-        return self.model.make_cache()
-
-    def hidden(self, tokens: mx.array, cache: ModelCache) -> mx.array:
-        self._note(tokens, cache)
-        return self.model.hidden(tokens % FOLD, cache)
-
-    def next_logits(self, tokens: mx.array, cache: ModelCache) -> mx.array:
-        self._note(tokens, cache)
-        logits = self.model.next_logits(tokens % FOLD, cache)
-        if tokens.shape[1] > 1:
-            self.computed, self.start = cache.offset, cache.offset
-            self.first = list(self.routes[id(cache)]), np.array(logits[0])
-        script = scripted.tokens_of(self.script)
-        token = script[min(cache.offset - self.start, len(script) - 1)]
-        return mx.where(mx.arange(N_VOCAB) == token, 100.0, 0.0)[None]
-
-    def _note(self, tokens: mx.array, cache: ModelCache) -> None:
-        before = [piece for piece in self.routes.get(id(cache), []) if piece[0] < cache.offset]
-        self.routes[id(cache)] = [*before, (cache.offset, tokens[0].tolist())]
-
-
-def new_model() -> Model:
-    return tiny_model(TinyShape(layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +38,8 @@ def cold_model() -> Model:
     return new_model()
 
 
-def cold(model: Model, route: Route) -> tuple[np.ndarray, np.ndarray]:
-    """(FOLD,) logits after a route, fed anew piece by piece, and fed at once."""
-    cache = model.make_cache()
-    for _, piece in route[:-1]:
-        model.hidden(mx.array([piece]) % FOLD, cache)
-    last = model.next_logits(mx.array([route[-1][1]]) % FOLD, cache)
-    whole = [token for _, piece in route for token in piece]
-    return np.array(last[0]), np.array(model.next_logits(mx.array([whole]) % FOLD)[0])
-
-
 Opened = tuple[Runtime, GivenModel]
+Respond = Callable[[list[Message], str], Reply]
 
 
 @pytest.fixture
@@ -112,38 +61,20 @@ def opened() -> Iterator[Callable[..., Opened]]:
         runtime.close()
 
 
-def size(*messages: Message) -> int:
-    return sum(len(render_message(message)) for message in messages)
-
-
-def test_twenty_turns_with_tools_compute_what_the_rule_predicts_and_the_same_bits(
-    opened: Callable[..., Opened], cold_model: Model
-) -> None:
-    runtime, model = opened()
+def talk(respond: Respond) -> None:
+    """Twenty turns with 0, 1 or 2 calls of a tool; each reply computes what the rule predicts."""
     messages: list[Message] = []
     turn: list[Message] = []
-    checked = 0
+    expected = 0
 
-    def respond(script: str, expected: int | None) -> None:
-        nonlocal checked
-        model.script = script
-        reply = runtime.respond(
-            list(messages), instructions="Look things up.", tools=[LOOK], sampling=GREEDY
-        )
+    def step(script: str) -> None:
+        reply = respond(list(messages), script)
         computed = reply.usage.prompt_tokens - reply.usage.cached_tokens
-        assert computed == (reply.usage.prompt_tokens if expected is None else expected)
+        assert computed == (expected or reply.usage.prompt_tokens), len(messages)
         assert [m.sampled is not None for m in reply.messages] == [True] * len(reply.messages)
         turn.extend(reply.messages)
         messages.extend(reply.messages)
-        if number % 8 == 3:
-            route, logits = model.first
-            assert sum(len(piece) for _, piece in route) == reply.usage.prompt_tokens
-            same, whole = cold(cold_model, route)
-            assert np.array_equal(logits, same), f"turn {number}"
-            np.testing.assert_allclose(logits, whole, atol=2e-4, rtol=0)
-            checked += 1
 
-    expected: int | None = None
     for number in range(20):
         question = user(
             f"Question {number}, which is quite long enough to pass the window in time, is it not?"
@@ -151,15 +82,67 @@ def test_twenty_turns_with_tools_compute_what_the_rule_predicts_and_the_same_bit
         messages.append(question)
         if number:
             expected = size(*(m for m in turn if m.channel != Channel.ANALYSIS), question) + HEADER
-        turn = []
+        turn.clear()
         for _ in range(number % 3):
-            respond((REASONING + CALL).format(number, number), expected)
+            step((REASONING + CALL).format(number, number))
             result = tool_result("functions.look", f"Seen {number}")
             turn.append(result)
             messages.append(result)
             expected = 1 + size(result) + HEADER  # <|call|>, sampled and not fed, and what is new
-        respond((REASONING + ANSWER).format(number, number), expected)
-    assert checked == 6 and sum(len(piece) for _, piece in model.first[0]) > 3 * 128
+        step((REASONING + ANSWER).format(number, number))
+
+
+def check_cold(model: Model, first: tuple[Route, np.ndarray], prompt_tokens: int) -> None:
+    """Compare the logits at the end of a prompt with those of a model that has nothing cached."""
+    route, logits = first
+    assert sum(len(piece) for _, piece in route) == prompt_tokens
+    same, whole = cold(model, route)
+    assert np.array_equal(logits, same), f"{prompt_tokens} tokens"
+    np.testing.assert_allclose(logits, whole, atol=2e-4, rtol=0)
+
+
+def ask(runtime: Runtime, messages: list[Message]) -> Reply:
+    return runtime.respond(messages, instructions="Look things up.", tools=[LOOK], sampling=GREEDY)
+
+
+def test_twenty_turns_with_tools_compute_what_the_rule_predicts_and_the_same_bits(
+    opened: Callable[..., Opened], cold_model: Model
+) -> None:
+    runtime, model = opened()
+    lengths = []
+
+    def respond(messages: list[Message], script: str) -> Reply:
+        model.script = script
+        reply = ask(runtime, messages)
+        lengths.append(reply.usage.prompt_tokens)
+        if len(lengths) % 8 == 3:
+            check_cold(cold_model, model.first, lengths[-1])
+        return reply
+
+    talk(respond)
+    assert len(lengths) == 39 and lengths[-1] > 3 * 128
+
+
+def test_twenty_turns_in_a_process_each_are_the_same(
+    opened: Callable[..., Opened], cold_model: Model, tmp_path: Path
+) -> None:
+    """The runtime is closed before every reply: what it knows of the others is in the folder."""
+    route: Route = []
+    count = 0
+
+    def respond(messages: list[Message], script: str) -> Reply:
+        nonlocal route, count
+        runtime, model = opened(files=lambda _: CacheFolder(tmp_path, identity="0" * 16))
+        model.script, model.before = script, route
+        reply = ask(runtime, messages)
+        runtime.close()
+        route, count = model.last, count + 1
+        if count % 8 == 4:
+            check_cold(cold_model, model.first, reply.usage.prompt_tokens)
+        return reply
+
+    talk(respond)
+    assert len(list(tmp_path.iterdir())) == 2, "the instructions, and the conversation"
 
 
 def test_instructions_seen_before_serve_another_conversation(

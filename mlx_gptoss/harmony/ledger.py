@@ -20,7 +20,7 @@ import hashlib
 from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -120,9 +120,9 @@ class TokenLedger(Generic[S]):
         return tuple(self._positions)
 
     @property
-    def states(self) -> tuple[S, ...]:
-        """The saved states, in no order."""
-        return tuple(self._states.values())
+    def states(self) -> Mapping[int, S]:
+        """The saved states by their positions."""
+        return self._states
 
     def feed(self, tokens: Iterable[int]) -> None:
         """Note that the cache was fed these tokens."""

@@ -1,0 +1,273 @@
+"""A folder of prefix caches that outlive the process; see `cache_files` for one of its files.
+
+Found by the longest beginning of a prompt, bounded in bytes, the least recently used removed first.
+Several processes may use it at once: files appear whole, are never changed, and may be removed by
+anybody. Only files of the model's own identity are looked at: the same weights, arithmetic,
+kernels and machine. The others age and go.
+
+Files are found and read in the thread that owns the model, and written in one of their own, so that
+a turn never waits for the disk. What goes wrong with the disk is a warning, never an error: the
+tokens are computed anew.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_gptoss.cache import ModelCache
+from mlx_gptoss.cache_files import NAME, PART, Content, Entry, Windows, remove_parts, write
+from mlx_gptoss.cache_identity import identity_of
+from mlx_gptoss.errors import CacheError, CheckpointError
+from mlx_gptoss.model import Model
+
+log = logging.getLogger("mlx_gptoss")
+
+FOLDER_BYTES = 4 * 2**30  # most bytes of a folder
+MOST_FILES = 1000  # of a folder: each header is read once by every process
+
+
+@dataclass(eq=False)
+class Saved:
+    """A state that was given to a folder.
+
+    Attributes:
+        path: Its file; None before it was written, or if it could not be.
+    """
+
+    path: Path | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    content: Content
+    saved: Saved
+    replaces: Saved | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cache that was loaded.
+
+    Attributes:
+        length: How many tokens of the prompt it holds.
+        windows: The sliding layers at the positions it can go back to.
+        saved: Its file, if nothing but its end was left out.
+    """
+
+    length: int
+    windows: Mapping[int, Windows]
+    saved: Saved | None
+
+
+class CacheFolder:
+    """The files of one model in a folder.
+
+    Args:
+        folder: Made if there is none, for its owner only.
+        identity: What the numbers depend on, 16 hex digits; see `cache_identity`.
+        budget_bytes: Most bytes of all files, of other models too.
+
+    Raises:
+        CacheError: It is no folder, or nothing can be written there.
+    """
+
+    def __init__(self, folder: Path, *, identity: str, budget_bytes: int = FOLDER_BYTES):
+        self._folder, self._identity, self._budget_bytes = folder, identity, budget_bytes
+        self._entries: dict[str, Entry | None] = {}  # None: damaged
+        self._jobs: list[_Job] = []  # the first one is being written
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._warned: set[str] = set()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"{folder}: expected a folder for caches, or a place to make one: {error.strerror}"
+            ) from None
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise CacheError(
+                f"{folder}: expected a folder that can be written, got one that cannot"
+            )
+        remove_parts(folder)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Size of what is still to be written, which is held in memory until then."""
+        with self._changed:
+            return sum(job.content.nbytes for job in self._jobs)
+
+    def load(self, prompt: Sequence[int], cache: ModelCache, *, more_than: int) -> Found | None:
+        """Fill an empty cache with the longest beginning of a prompt that a file holds.
+
+        Args:
+            prompt: Token ids.
+            cache: Of the model; untouched if there is none.
+            more_than: What is had without it, in tokens.
+
+        Returns:
+            What it holds now; None if no file holds more than that.
+        """
+        self._look()
+        while True:
+            starts = [
+                (entry.ledger.best_start(prompt).length, -len(entry.ledger.tokens), name)
+                for name, entry in self._entries.items()
+                if entry is not None
+            ]
+            length, _, name = max(starts, default=(0, 0, ""))  # the smaller file on a tie
+            if length <= more_than:
+                return None
+            entry = self._entries[name]
+            assert entry is not None
+            try:
+                windows = entry.load(cache, length)
+                os.utime(entry.path)
+            except (OSError, CacheError) as error:
+                self._give_up(name, error)
+                continue
+            last = max(entry.ledger.positions, default=length + 1)
+            return Found(length, windows, Saved(entry.path) if length >= last else None)
+
+    def holds(self, tokens: Sequence[int]) -> bool:
+        """Whether a file holds just these tokens; it counts as used then."""
+        self._look()
+        for entry in self._entries.values():
+            if entry is not None and entry.ledger.tokens == list(tokens):
+                with contextlib.suppress(OSError):
+                    os.utime(entry.path)
+                return True
+        return False
+
+    def save(self, content: Content, *, replaces: Saved | None = None) -> Saved | None:
+        """Have a file written soon.
+
+        Args:
+            content: Of it.
+            replaces: An earlier state of the same conversation, removed once this one is written.
+
+        Returns:
+            What the next state replaces; None if this one is larger than the folder may be.
+        """
+        if content.nbytes > self._budget_bytes:
+            return replaces
+        saved = Saved()
+        with self._changed:
+            for job in self._jobs[1:]:
+                if job.saved is replaces:  # not begun: never needed
+                    self._jobs.remove(job)
+                    replaces = job.replaces
+            self._jobs.append(_Job(content, saved, replaces))
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="mlx-gptoss-cache", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+        return saved
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs)
+
+    def close(self) -> None:
+        """Write what is left, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _look(self) -> None:
+        """Take note of files that came and went."""
+        try:
+            names = {name for name in os.listdir(self._folder) if self._is_ours(name)}
+        except OSError as error:
+            self._warn(f"{self._folder}: cannot be read: {error.strerror}")
+            names = set()
+        self._entries = {name: e for name, e in self._entries.items() if name in names}
+        for name in sorted(names - self._entries.keys()):
+            try:
+                self._entries[name] = Entry.read(self._folder / name)
+            except (OSError, CacheError, CheckpointError) as error:
+                self._give_up(name, error)
+
+    def _is_ours(self, name: str) -> bool:
+        match = NAME.fullmatch(name)
+        return match is not None and match[1] == self._identity
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        """Use a file no more, and say why unless another process removed it."""
+        self._entries[name] = None
+        path = self._folder / name
+        if path.exists():
+            log.warning("a cached conversation is removed and computed anew: %s", error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+                if not self._jobs:
+                    return
+                job = self._jobs[0]
+            try:
+                self._write(job)
+            except Exception as error:
+                self._warn(
+                    f"{self._folder}: a conversation is not kept there: "
+                    f"{getattr(error, 'strerror', None) or error}"
+                )
+            with self._changed:
+                self._jobs.remove(job)
+                del job
+                self._changed.notify_all()
+
+    def _write(self, job: _Job) -> None:
+        self._make_room(job.content.nbytes)
+        job.saved.path = write(self._folder, self._identity, job.content)
+        old = job.replaces.path if job.replaces else None
+        if old is not None and old != job.saved.path:
+            old.unlink(missing_ok=True)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Remove the least recently used files until another one fits."""
+        files: list[tuple[float, int, str]] = []
+        for item in os.scandir(self._folder):
+            with contextlib.suppress(FileNotFoundError):
+                if NAME.fullmatch(item.name) or item.name.endswith(PART):
+                    stat = item.stat()
+                    files.append((stat.st_mtime, stat.st_size, item.path))
+        total, count = sum(size for _, size, _ in files), len(files)
+        for _, size, path in sorted(files):
+            if total + nbytes <= self._budget_bytes and count < MOST_FILES:
+                return
+            if not path.endswith(PART):
+                Path(path).unlink(missing_ok=True)
+                total, count = total - size, count - 1
+
+    def _warn(self, text: str) -> None:
+        """Tell it once: the disk will not be better in the next turn."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
+
+
+def open_folder(path: str | Path, model_folder: Path, model: Model) -> CacheFolder:
+    """The caches that a folder holds for a model.
+
+    Args:
+        path: The folder; made if there is none.
+        model_folder: The model was loaded from it.
+        model: The model.
+
+    Raises:
+        CacheError: See `CacheFolder`.
+    """
+    return CacheFolder(Path(path).expanduser(), identity=identity_of(model_folder, model))
