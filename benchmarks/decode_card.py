@@ -27,14 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.graph import (  # noqa: E402
-    Counted,
-    count_graph,
     mlx_lm_counts,
     mlx_lm_host_ms,
     stand_in_kernels,
@@ -42,7 +39,8 @@ from benchmarks.graph import (  # noqa: E402
 from mlx_gptoss.checkpoint import expected_tensors  # noqa: E402
 from mlx_gptoss.chips import CHIPS  # noqa: E402
 from mlx_gptoss.config import FULL, GPT_OSS_20B, GPT_OSS_120B, ModelConfig  # noqa: E402
-from mlx_gptoss.decode import CONTROL, ROWS, Decoder  # noqa: E402
+from mlx_gptoss.decode import ROWS, Decoder  # noqa: E402
+from mlx_gptoss.dispatches import Counted, count_step, step_arguments  # noqa: E402
 from mlx_gptoss.kernels.selection import all_kernels  # noqa: E402
 from mlx_gptoss.model import Model  # noqa: E402
 from mlx_gptoss.plan import DENSE_FORMATS, dense_quantization, weight_bytes  # noqa: E402
@@ -66,34 +64,12 @@ def shell_model(config: ModelConfig, dense: str) -> Model:
     return Model(config, weights, quantization=packing)
 
 
-def step_arguments(decoder: Decoder, capacity: int) -> tuple[Any, ...]:
-    """Arguments of `Decoder.step` for one row."""
-    c = decoder.model.config
-
-    def segment(rows: int) -> tuple[mx.array, mx.array]:
-        shape = (1, c.num_key_value_heads, rows, c.head_dim)
-        return mx.zeros(shape, mx.bfloat16), mx.zeros(shape, mx.bfloat16)
-
-    frozen = [segment(capacity if kind == FULL else c.sliding_window) for kind in c.layer_types]
-    append = [segment(ROWS) for _ in c.layer_types]
-    token, control = mx.zeros((1,), mx.int32), mx.zeros((1, CONTROL), mx.int32)
-    return frozen, append, token, control, mx.zeros((1, CONTROL)), decoder.weights
-
-
 def count_ours(config: ModelConfig, dense: str) -> Counted:
     """Count the traced step."""
     decoder = Decoder(
         shell_model(config, dense), kernels=all_kernels(), allowed=mx.ones((config.vocab_size,))
     )
-    flat = tree_flatten(step_arguments(decoder, 8192))
-    names = [name for name, _ in flat]
-
-    def call(*arrays: mx.array) -> list[mx.array]:
-        tree = tree_unflatten(list(zip(names, arrays, strict=True)))
-        token, control, logprob, append = decoder.step(*tree)
-        return [token, control, logprob, *(a for pair in append for a in pair)]
-
-    return count_graph(call, [array for _, array in flat])
+    return count_step(decoder, batch=1, capacity=8192)
 
 
 def token_bytes(config: ModelConfig, dense: str) -> dict[str, int]:
@@ -135,7 +111,7 @@ def replay_ms(config: ModelConfig, dense: str) -> dict[str, float]:
         kernels=stand_in_kernels(),
         allowed=mx.ones((config.vocab_size,)),
     )
-    arguments, compiled = step_arguments(decoder, 8192), mx.compile(decoder.step)
+    arguments, compiled = step_arguments(decoder, batch=1, capacity=8192), mx.compile(decoder.step)
     compiled(*arguments)
     times = []
     for _ in range(60):

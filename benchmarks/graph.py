@@ -1,79 +1,24 @@
-"""Counting what a traced MLX graph launches on Metal, without Metal.
+"""mlx-lm's decode step, counted without Metal as ours is; and kernels that compute nothing."""
 
-Whether a primitive launches no kernel, one, or two is read off mlx/backend/metal and
-mlx/backend/gpu of MLX 0.32: views launch none, a concatenation one for each part, the rest one.
-"""
-
-import os
-import re
 import statistics
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.dispatches import Counted, count_lazy
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
 
-VIEWS = frozenset(
-    """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten
-    NumberOfElements Reshape Slice Split Squeeze StopGradient Transpose Unflatten View""".split()
-)
-LAUNCHES = {"Concatenate": 2}  # mlx-lm joins two parts
 WIDTH = 64  # of the traced mlx-lm models: their graphs do not depend on it
 # The fused primitives that MLX's CPU takes apart: one rare operation stands for each.
 STAND_INS = {"ErfInv": "RMSNorm", "ArcSinh": "RoPE", "ArcTanh": "SDPA", "ArcCosh": "Dequantize"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counted:
-    """What one step launches.
-
-    Attributes:
-        kernels: kernels launched.
-        depth: of them, the longest chain in which each needs the one before.
-        inputs: arrays that enter the graph.
-        host_ms: median CPU time to build it in ms, where that was timed.
-    """
-
-    kernels: int
-    depth: int
-    inputs: int
-    host_ms: float | None = None
-
-
-def launches(primitive: str) -> int:
-    """Kernels of one primitive."""
-    return 0 if primitive in VIEWS else LAUNCHES.get(primitive, 1)
-
-
-def count_graph(call: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]) -> Counted:
-    """Trace a function of arrays and count its graph; nothing is evaluated."""
-    found: list[dict[str, Any]] = []
-    mx.export_function(found.append, call, *arrays)
-    primitives = [p for p in found if p["type"] == "primitive"]
-    nodes = [
-        (p["name"], [i[0] for i in p["inputs"]], [o[0] for o in p["outputs"]]) for p in primitives
-    ]
-    return _count(nodes, inputs=len(arrays))
-
-
-def _count(nodes: Sequence[tuple[str, list[Any], list[Any]]], *, inputs: int) -> Counted:
-    depth: dict[Any, int] = defaultdict(int)
-    for name, sources, results in nodes:
-        here = max((depth[s] for s in sources), default=0) + launches(name)
-        depth |= dict.fromkeys(results, here)
-    kernels = sum(launches(name) for name, _, _ in nodes)
-    return Counted(kernels=kernels, depth=max(depth.values()), inputs=inputs)
 
 
 def stand_in_kernels() -> KernelSet:
@@ -115,7 +60,7 @@ def mlx_lm_counts(config: ModelConfig, dense: str) -> Counted:
     rest follows by addition.
     """
     with _fused_primitives():
-        two, four = (_mlx_lm_step(config, dense, layers) for layers in (2, 4))
+        two, four = (_mlx_lm_step(config, dense, layers)[0] for layers in (2, 4))
     pairs = (config.num_hidden_layers - 2) // 2
     return Counted(
         kernels=two.kernels + pairs * (four.kernels - two.kernels),
@@ -124,10 +69,10 @@ def mlx_lm_counts(config: ModelConfig, dense: str) -> Counted:
     )
 
 
-def mlx_lm_host_ms(config: ModelConfig, dense: str) -> float | None:
+def mlx_lm_host_ms(config: ModelConfig, dense: str) -> float:
     """Median CPU time to build one of its steps with all layers, in ms."""
     with _fused_primitives():
-        return _mlx_lm_step(config, dense, config.num_hidden_layers).host_ms
+        return _mlx_lm_step(config, dense, config.num_hidden_layers)[1]
 
 
 @contextmanager
@@ -164,7 +109,8 @@ def _fused_primitives() -> Iterator[None]:
             setattr(module, name, function)
 
 
-def _mlx_lm_step(config: ModelConfig, dense: str, layers: int) -> Counted:
+def _mlx_lm_step(config: ModelConfig, dense: str, layers: int) -> tuple[Counted, float]:
+    """Its graph, and the median CPU time to build it in ms."""
     model = _mlx_lm_model(config, dense, layers)
     token, times = mx.zeros((1,), mx.int32), []
     for _ in range(20):
@@ -174,16 +120,8 @@ def _mlx_lm_step(config: ModelConfig, dense: str, layers: int) -> Counted:
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         chosen = mx.argmax(logprobs, axis=-1)
         times.append(1e3 * (time.thread_time() - started))
-    nodes = _nodes(chosen, logprobs)
-    counted = _count(nodes, inputs=0)
-    return Counted(
-        kernels=counted.kernels,
-        depth=counted.depth,
-        inputs=len(
-            {s for _, sources, _ in nodes for s in sources} - {o for *_, r in nodes for o in r}
-        ),
-        host_ms=round(statistics.median(times), 2),
-    )
+    counted = count_lazy(chosen, logprobs, names=STAND_INS)
+    return counted, round(statistics.median(times), 2)
 
 
 def _mlx_lm_model(config: ModelConfig, dense: str, layers: int) -> Any:
@@ -230,24 +168,3 @@ def _caches(model: Any) -> list[Any]:
             cache._idx = 600 % rows
         mx.eval(cache.keys, cache.values)
     return caches
-
-
-def _nodes(*outputs: mx.array) -> list[tuple[str, list[str], list[str]]]:
-    """The graph in order of dependence, from MLX's own drawing of it."""
-    handle, path = tempfile.mkstemp(suffix=".dot")
-    os.close(handle)
-    try:
-        mx.export_to_dot(path, *outputs)
-        text = Path(path).read_text()
-    finally:
-        os.remove(path)
-    nodes: list[tuple[str, list[str], list[str]]] = []
-    for line in text.splitlines():  # a shared primitive has one id: the order tells them apart
-        if label := re.match(r'\{ \d+ \[label ="([^"]+)"', line):
-            name = label[1].split()[0]
-            nodes.append((STAND_INS.get(name, name), [], []))
-        elif source := re.match(r'"([^"]+)" -> \d+', line):
-            nodes[-1][1].append(source[1])
-        elif result := re.match(r'\d+ -> "([^"]+)"', line):
-            nodes[-1][2].append(result[1])
-    return nodes

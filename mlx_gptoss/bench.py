@@ -1,18 +1,23 @@
 """Measure prefill and decode on this machine, with everything that makes a number comparable.
 
-One run is one generation from an empty cache: a prompt as long as the wanted depth, then an answer.
+One run is one generation from an empty cache: prompts as long as the wanted depth, then answers.
 So time to first token, prefill at that length, and decode at that depth come from the same run.
-The first run of all is reported as cold; one more warms each depth up; then every engine runs in
-turn, A B A B, so that a machine that heats up heats up for both.
+The first run of all is reported as cold. Then come rounds, in which every depth and batch is run
+once by every engine: A B A B, so that a machine that heats up heats up for both, and so that the
+runs of one depth lie minutes apart and their spread holds what the machine does meanwhile. The
+first round warms up and is thrown away.
 """
 
+import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +27,31 @@ from mlx_gptoss._version import __version__
 from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.dispatches import Counted
+from mlx_gptoss.errors import MachineError
 from mlx_gptoss.library import kernel_record
-from mlx_gptoss.machine import Machine
+from mlx_gptoss.machine import Machine, read_thermal_pressure
 from mlx_gptoss.model import Model, load_model
+from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan
 from mlx_gptoss.roofline import limit_tok_per_s
 from mlx_gptoss.routes import sample_prompt
 from mlx_gptoss.transcripts import weights_digest
 
-VERSION = 1  # of the record
+BENCHMARK, VERSION = "bench", 2  # of the record
 METRICS = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_s")
+STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 1 to 9 degrees of freedom
+MEDIAN_OVER_MEAN = 1.2533  # standard error of a median, of values spread normally
+ANSWER_WEIGHT = 10  # a decoded token takes about as long as so many of a prompt
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one result is about: tokens before the answers, and rows at a time."""
+
+    depth: int
+    batch: int
 
 
 def bench(
@@ -43,6 +62,7 @@ def bench(
     depths: Sequence[int],
     answer: int,
     repeats: int,
+    batches: Sequence[int] = (1,),
     compare: bool = False,
     progress: Progress | None = None,
 ) -> Record:
@@ -54,58 +74,144 @@ def bench(
         machine: from `read_machine`.
         depths: lengths of the prompts, >= 1 each.
         answer: tokens decoded in each run, >= 2.
-        repeats: runs of each depth and engine, after one that warms up.
+        repeats: rounds, after one that warms up.
+        batches: rows at a time, >= 1 each; every one is measured at every depth.
         compare: measure mlx-lm too.
-        progress: called with (phase, runs done, runs in all).
+        progress: called with (phase, done, in all).
+
+    Raises:
+        MachineError: a prompt with its answer is longer than the context, or does not fit here.
     """
-    checkpoint, began = open_checkpoint(folder), time.perf_counter()
+    checkpoint, load = open_checkpoint(folder), os.getloadavg()[0]
+    cases = [Case(depth, batch) for depth, batch in product(depths, batches)]
+    _check_memory(checkpoint, cases, answer=answer, machine=machine)
+    began = time.perf_counter()
     model = load_model(folder, kernel_record=kernel_record())
     load_s = time.perf_counter() - began
     runners: list[Runner] = [OurRunner(model)]
-    cold = runners[0].run(sample_prompt(checkpoint.config, depths[0]), answer)
     if compare:
         runners.append(PeerRunner(folder, model))
-    results, total = [], len(depths) * len(runners) * (repeats + 1)
-    for depth in depths:
-        prompt = sample_prompt(checkpoint.config, depth)
-        runs: dict[str, list[Run]] = {runner.name: [] for runner in runners}
-        for turn in range(repeats + 1):
-            for runner in runners:
-                found = runner.run(prompt, answer)
-                if turn:  # the first of each depth compiles and allocates
-                    runs[runner.name].append(found)
-                if progress:
-                    done = len(results) * (repeats + 1) + turn * len(runners)
-                    progress("measuring", min(done, total - 1), total)
-        results += [_result(name, depth, runs[name]) for name in runs]
+    rounds = [cases[0], *(1 + repeats) * len(runners) * cases]
+    meter = _Meter(checkpoint.config, rounds, answer=answer, progress=progress)
+    cold = meter.run(runners[0], cases[0])
+    results = _measure(runners, cases, rounds=1 + repeats, meter=meter)
     _hold_against_limit(results, checkpoint, machine)
-    if progress:
-        progress("measuring", total, total)
     return {
+        "benchmark": BENCHMARK,
         "version": VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(machine),
+        "meanwhile": {
+            "load_average": [load, os.getloadavg()[0]],
+            "thermal_pressure_after": read_thermal_pressure(),
+        },
         "software": _software(model, compare),
         "model": _model(name, checkpoint),
-        "settings": {"depths": list(depths), "answer": answer, "repeats": repeats},
+        "settings": {
+            "depths": list(depths),
+            "batches": list(batches),
+            "answer": answer,
+            "repeats": repeats,
+        },
         "cold": {"load_s": load_s, **asdict(cold)},
         "results": results,
         "ratios": list(_ratios(results)) if compare else [],
     }
 
 
-def _result(engine: str, depth: int, runs: Sequence[Run]) -> Record:
-    result: Record = {"engine": engine, "depth": depth}
+def _check_memory(
+    checkpoint: Checkpoint, cases: Sequence[Case], *, answer: int, machine: Machine
+) -> None:
+    """Refuse what the machine cannot hold: on a Mac it would end in a restart."""
+    limit = machine.gpu_limit_bytes
+    for case in cases:
+        plan = MemoryPlan(
+            config=checkpoint.config,
+            packing=checkpoint.quantization,
+            context=case.depth + answer,
+            batch=case.batch,
+            scratch=ON_METAL if mx.metal.is_available() else ON_CPU,
+        )
+        if limit is not None and plan.total_bytes > limit:
+            raise MachineError(
+                f"memory: depth {case.depth} in batches of {case.batch} needs "
+                f"{plan.total_bytes / 1e9:.1f} GB, this machine lets {limit / 1e9:.1f} GB be used; "
+                "measure less: --depths, --batch"
+            )
+
+
+class _Meter:
+    """Runs cases, and tells how much of all is done."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cases: Sequence[Case],
+        *,
+        answer: int,
+        progress: Progress | None,
+    ) -> None:
+        self._config, self._answer, self._progress = config, answer, progress
+        self._done, self._total = 0, sum(map(self._weight, cases))
+
+    def run(self, runner: Runner, case: Case) -> Run:
+        """One run; every row has a prompt of its own, and so its own experts."""
+        rows = range(case.batch)
+        prompts = [sample_prompt(self._config, case.depth + row)[row:] for row in rows]
+        found = runner.run(prompts, self._answer, fed=lambda n: self._tell(case.batch * n))
+        self._done += self._weight(case)
+        self._tell(0)
+        return found
+
+    def _weight(self, case: Case) -> int:
+        return case.batch * (case.depth + ANSWER_WEIGHT * self._answer)
+
+    def _tell(self, fed: int) -> None:
+        if self._progress:
+            self._progress("measuring", self._done + fed, self._total)
+
+
+def _measure(
+    runners: Sequence[Runner], cases: Sequence[Case], *, rounds: int, meter: _Meter
+) -> list[Record]:
+    """Every case by every engine, round by round; the first round warms up and is counted."""
+    runs: dict[tuple[Case, str], list[Run]] = {}
+    steps: dict[tuple[Case, str], Counted | None] = {}
+    for turn, case, runner in product(range(rounds), cases, runners):
+        found = meter.run(runner, case)
+        if turn:
+            runs.setdefault((case, runner.name), []).append(found)
+        else:
+            steps[case, runner.name] = runner.next_step()
+    return [_result(engine, case, runs[case, engine], steps[case, engine]) for case, engine in runs]
+
+
+def _result(engine: str, case: Case, runs: Sequence[Run], step: Counted | None) -> Record:
+    result: Record = {"engine": engine, **asdict(case)}
     for metric in METRICS:
-        values = [getattr(run, metric) for run in runs]
-        result[metric] = {
-            "median": statistics.median(values),
-            "mean": statistics.mean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "runs": values,
-        }
+        result[metric] = summary([getattr(run, metric) for run in runs])
     result["peak_memory_bytes"] = max(run.peak_memory_bytes for run in runs)
+    result["dispatches"] = step and {"per_step": step.kernels, "in_a_chain": step.depth}
     return result
+
+
+def summary(values: Sequence[float]) -> Record:
+    """Median, mean, standard deviation, and the spread that is stated.
+
+    The spread says how far the median of another such measurement may lie from this one, 19 times
+    in 20: Student's t times the standard error of a difference of two medians. It is None for one
+    value.
+    """
+    count = len(values)
+    sd = statistics.stdev(values) if count > 1 else 0.0
+    t = STUDENT_95[min(count - 1, len(STUDENT_95)) - 1]
+    return {
+        "median": statistics.median(values),
+        "mean": statistics.mean(values),
+        "sd": sd,
+        "spread": t * 2**0.5 * MEDIAN_OVER_MEAN * sd / count**0.5 if count > 1 else None,
+        "runs": list(values),
+    }
 
 
 def _hold_against_limit(
@@ -114,7 +220,11 @@ def _hold_against_limit(
     """Add the chip's limit, where the chip is known, and the share of it that was reached."""
     for result in results:
         limit = machine.chip and limit_tok_per_s(
-            checkpoint.config, checkpoint.quantization, machine.chip, depth=result["depth"]
+            checkpoint.config,
+            checkpoint.quantization,
+            machine.chip,
+            depth=result["depth"],
+            batch=result["batch"],
         )
         result["limit_tok_per_s"] = limit
         result["share_of_limit"] = limit and result["decode_tok_per_s"]["median"] / limit
@@ -148,23 +258,26 @@ def _model(name: str, checkpoint: Checkpoint) -> Record:
 
 def _ratios(results: Sequence[Record]) -> Iterator[Record]:
     """Ours over the peer's, of medians; above 1 we are faster."""
-    by_place = {(r["engine"], r["depth"]): r for r in results}
-    for depth in dict.fromkeys(r["depth"] for r in results):
-        ours, peer = by_place[OURS, depth], by_place[PEER, depth]
-        yield {
-            "depth": depth,
-            **{
-                metric: ours[metric]["median"] / peer[metric]["median"]
-                for metric in ("prefill_tok_per_s", "decode_tok_per_s")
-            },
-        }
+    engines = {(r["engine"], r["depth"], r["batch"]): r for r in results}
+    for engine, depth, batch in engines:
+        if engine == OURS:
+            ours, peer = engines[OURS, depth, batch], engines[PEER, depth, batch]
+            yield {
+                "depth": depth,
+                "batch": batch,
+                **{
+                    metric: ours[metric]["median"] / peer[metric]["median"]
+                    for metric in ("prefill_tok_per_s", "decode_tok_per_s")
+                },
+            }
 
 
 def file_name(record: Mapping[str, Any]) -> str:
-    """bench_<chip>_<memory>_<model>.json, as records are kept in benchmarks/results."""
+    """<chip>_<memory>_<model>.json, as records are kept in benchmarks/results."""
     machine = record["machine"]
-    chip = (machine["cpu"] or machine["architecture"]).replace("Apple ", "")
+    chip = re.sub(r"\((R|TM)\)|Apple|Processor|CPU|@.*", " ", machine["cpu"] or "")
     memory = f"{round((machine['memory_bytes'] or 0) / 2**30)}G"
     model = Path(record["model"]["name"]).name
-    text = "_".join(("bench", chip, memory, model)).lower()
+    parts = ("-".join(text.lower().split()) for text in (chip, memory, model))
+    text = "_".join(part or machine["architecture"] for part in parts)
     return "".join(c if c.isalnum() or c in "_.-" else "-" for c in text) + ".json"

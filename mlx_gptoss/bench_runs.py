@@ -1,24 +1,30 @@
-"""One measured generation, by this package's engine or by mlx-lm on the same arrays."""
+"""One measured generation of one or several rows, by this package or by mlx-lm on its arrays."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlx_gptoss.cache import ModelCache
+from mlx_gptoss.decode import Decoder
+from mlx_gptoss.dispatches import Counted, count_lazy, count_step
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams
 
 OURS, PEER = "mlx-gptoss", "mlx-lm"
+Prompts = Sequence[Sequence[int]]  # one a row, all of one length
+Fed = Callable[[int], None]  # told how many tokens of each prompt are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One generation: speeds in tokens/s, time to first token in seconds."""
+    """One generation: speeds in tokens/s of all rows together, time to first token in seconds."""
 
     prefill_tok_per_s: float
     decode_tok_per_s: float
@@ -31,13 +37,28 @@ class Runner(Protocol):
 
     name: str
 
-    def run(self, prompt: Sequence[int], answer: int) -> Run:
-        """Generate `answer` tokens greedily after a prompt, from an empty cache."""
+    def run(self, prompts: Prompts, answer: int, *, fed: Fed) -> Run:
+        """Generate `answer` tokens greedily after each prompt, all rows at once, from nothing."""
+        ...
+
+    def next_step(self) -> Counted | None:
+        """What one more decode step after the last run would launch; None if that is hidden."""
         ...
 
 
+def _timed(prompts: Prompts, times: Sequence[float], *, began: float) -> Run:
+    """A run whose rows' tokens were there at `times`, step by step."""
+    rows, ttft_s = len(prompts), times[0] - began
+    return Run(
+        prefill_tok_per_s=rows * len(prompts[0]) / ttft_s,
+        decode_tok_per_s=rows * (len(times) - 1) / (times[-1] - times[0]),
+        ttft_s=ttft_s,
+        peak_memory_bytes=mx.get_peak_memory(),
+    )
+
+
 class OurRunner:
-    """This package's engine.
+    """This package: its engine for one row, the model's step of several rows for more.
 
     Args:
         model: the model.
@@ -46,23 +67,82 @@ class OurRunner:
     name = OURS
 
     def __init__(self, model: Model) -> None:
-        self._engine = Engine(model)
+        self._model, self._engine = model, Engine(model)
+        self._cache: ModelCache | None = None
+        self._decoder = None
+        if model.kernels.used:
+            allowed = mx.ones((model.config.vocab_size,))
+            self._decoder = Decoder(model, kernels=model.kernels, allowed=allowed)
 
-    def run(self, prompt: Sequence[int], answer: int) -> Run:
+    def run(self, prompts: Prompts, answer: int, *, fed: Fed) -> Run:
         """See `Runner`."""
+        self._cache = None
         mx.reset_peak_memory()
+        began = time.perf_counter()
+        one = len(prompts) == 1
+        steps = self._row(prompts[0], answer, fed) if one else self._rows(prompts, answer, fed)
+        times = [time.perf_counter() for _ in steps]
+        return _timed(prompts, times, began=began)
+
+    def next_step(self) -> Counted:
+        """See `Runner`."""
+        assert self._cache is not None
+        cache, rows, self._cache = self._cache, self._cache.batch_size, None
+        if self._decoder is not None:
+            return count_step(self._decoder, batch=rows, capacity=cache.offset)
+        logits = self._model.next_logits(mx.zeros((rows, 1), mx.int32), cache)
+        return count_lazy(mx.argmax(logits, axis=-1), *cache.arrays)
+
+    def _row(self, prompt: Sequence[int], answer: int, fed: Fed) -> Iterator[int]:
         greedy = SamplingParams(temperature=0)
-        with self._engine.generate(prompt, sampling=greedy, max_tokens=answer) as generation:
-            for _ in generation:
-                pass
-        stats = generation.stats
-        assert stats.ttft_s and stats.prefill_tok_per_s and stats.decode_tok_per_s
-        return Run(
-            prefill_tok_per_s=stats.prefill_tok_per_s,
-            decode_tok_per_s=stats.decode_tok_per_s,
-            ttft_s=stats.ttft_s,
-            peak_memory_bytes=stats.peak_memory_bytes,
-        )
+        with self._engine.generate(
+            prompt, sampling=greedy, max_tokens=answer, on_prefill=lambda done, _: fed(done)
+        ) as generation:
+            yield from generation
+        self._cache = generation.cache
+
+    def _rows(self, prompts: Prompts, answer: int, fed: Fed) -> Iterator[mx.array]:
+        """Tokens of all rows, (B,), step by step, one step ahead of the host as the engine is."""
+        cache = self._cache = self._model.make_cache(len(prompts))
+        token = self._read(mx.array([list(prompt) for prompt in prompts], mx.int32), cache, fed)
+        yield token
+        steps = self._kernel_steps if self._decoder else self._model_steps
+        ahead = deque[mx.array]()
+        for launched in steps(token, answer - 1, cache):
+            ahead.append(launched)
+            if len(ahead) > 1:
+                mx.eval(done := ahead.popleft())
+                yield done
+        mx.eval(*ahead)
+        yield from ahead
+
+    def _read(self, prompts: mx.array, cache: ModelCache, fed: Fed) -> mx.array:
+        """Feed prompts (B, T) in chunks that take as long as one row's; the first tokens, (B,)."""
+        rows, total = prompts.shape
+        chunk = max(1, self._engine.pacer.size // rows)
+        while (left := total - cache.offset) > chunk:
+            self._model.hidden(prompts[:, cache.offset : cache.offset + chunk], cache)
+            mx.eval(cache.arrays)
+            fed(cache.offset)
+        token = mx.argmax(self._model.next_logits(prompts[:, total - left :], cache), axis=-1)
+        mx.eval(token, cache.arrays)
+        fed(total)
+        return token
+
+    def _model_steps(self, token: mx.array, count: int, cache: ModelCache) -> Iterator[mx.array]:
+        for _ in range(count):
+            token = mx.argmax(self._model.next_logits(token[:, None], cache), axis=-1)
+            mx.async_eval(token, cache.arrays)
+            yield token
+
+    def _kernel_steps(self, token: mx.array, count: int, cache: ModelCache) -> Iterator[mx.array]:
+        assert self._decoder is not None
+        nothing = [0] * token.size
+        decoding = self._decoder.start(cache, token, temperatures=nothing, seeds=nothing)
+        for _ in range(count):
+            decoding.advance()
+            yield decoding.state.token
+        decoding.finish(decoding.state)
 
 
 class PeerRunner:
@@ -76,26 +156,65 @@ class PeerRunner:
     name = PEER
 
     def __init__(self, folder: Path, model: Model) -> None:
-        from mlx_lm.generate import generate_step
         from mlx_lm.utils import load_model
 
         self._model, _ = load_model(folder, lazy=True)
         self._model.load_weights(list(named_arrays(model).items()))
-        self._generate = generate_step
+        self._cache: Any = None  # of the last run; its batches hide theirs
 
-    def run(self, prompt: Sequence[int], answer: int) -> Run:
+    def run(self, prompts: Prompts, answer: int, *, fed: Fed) -> Run:
         """See `Runner`."""
+        self._cache = None
         mx.reset_peak_memory()
-        began, times = time.perf_counter(), []
-        for _ in self._generate(mx.array(list(prompt)), self._model, max_tokens=answer):
-            times.append(time.perf_counter())
-        ttft_s = times[0] - began
-        return Run(
-            prefill_tok_per_s=len(prompt) / ttft_s,
-            decode_tok_per_s=(len(times) - 1) / (times[-1] - times[0]),
-            ttft_s=ttft_s,
-            peak_memory_bytes=mx.get_peak_memory(),
+        began = time.perf_counter()
+        one = len(prompts) == 1
+        steps = self._row(prompts[0], answer, fed) if one else self._rows(prompts, answer, fed)
+        times = [time.perf_counter() for _ in steps]
+        return _timed(prompts, times, began=began)
+
+    def next_step(self) -> Counted | None:
+        """See `Runner`."""
+        if self._cache is None:
+            return None
+        logits = self._model(mx.zeros((1, 1), mx.int32), cache=self._cache)[:, -1]
+        self._cache = None
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return count_lazy(mx.argmax(logprobs, axis=-1), logprobs)
+
+    def _row(self, prompt: Sequence[int], answer: int, fed: Fed) -> Iterator[Any]:
+        from mlx_lm.generate import generate_step
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self._cache = make_prompt_cache(self._model)
+        return generate_step(
+            mx.array(list(prompt)),
+            self._model,
+            max_tokens=answer,
+            prompt_cache=self._cache,
+            prompt_progress_callback=lambda done, _: fed(done),
         )
+
+    def _rows(self, prompts: Prompts, answer: int, fed: Fed) -> Iterator[Any]:
+        """Its own batches, all rows from the first chunk on."""
+        from mlx_lm.generate import BatchGenerator
+
+        rows = len(prompts)
+        batch = BatchGenerator(
+            self._model,
+            max_tokens=answer,
+            prefill_batch_size=rows,
+            completion_batch_size=rows,
+        )
+        batch.insert([list(prompt) for prompt in prompts])
+        try:
+            while any(progress := batch.next()):
+                reading, tokens = progress
+                if reading:
+                    fed(reading[0].progress[0])
+                if tokens:
+                    yield tokens
+        finally:
+            batch.close()
 
 
 def named_arrays(model: Model) -> dict[str, mx.array]:

@@ -3,15 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.bench import METRICS, VERSION, Record
+from mlx_gptoss.bench import BENCHMARK, METRICS, VERSION, Record
 from mlx_gptoss.errors import BenchmarkError
 
+CASE = ("engine", "depth", "batch")
+TITLES = [*CASE, "prefill tok/s", "decode tok/s", "first token s", "of limit", "kernels", "peak GB"]
 LABELS = {"prefill_tok_per_s": "prefill", "decode_tok_per_s": "decode", "ttft_s": "first token"}
-SIGMAS = 2.0  # two means differ when they are further apart than this many standard errors
 
 
 def read_record(path: Path) -> Record:
@@ -20,12 +22,7 @@ def read_record(path: Path) -> Record:
     Raises:
         BenchmarkError: the file is missing, no JSON, or of another version.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BenchmarkError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise BenchmarkError(f"{path}: expected the JSON of `bench --save`: {error}") from None
+    record = _read_json(path)
     found = record.get("version") if isinstance(record, dict) else None
     if found != VERSION:
         raise BenchmarkError(
@@ -34,100 +31,156 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def records_of(folder: Path) -> list[Record]:
+    """Every record of a folder, which may hold other programs' results too.
+
+    Raises:
+        BenchmarkError: see `read_record`; there is no such folder.
+    """
+    if not folder.is_dir():
+        raise BenchmarkError(
+            f"{folder}: no such folder here; name records, or make one with --save"
+        )
+    found = {path: _read_json(path) for path in sorted(folder.glob("*.json"))}
+    ours = (p for p, r in found.items() if isinstance(r, dict) and r.get("benchmark") == BENCHMARK)
+    return [read_record(path) for path in ours]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BenchmarkError(f"{path}: expected the JSON of `bench --save`: {error}") from None
+
+
 def as_markdown(record: Mapping[str, Any]) -> str:
-    """Where it was measured, and a table of medians with standard deviations."""
-    lines = [
-        *_head(record),
-        "",
-        "| engine | depth | prefill tok/s | decode tok/s | first token s |",
-    ]
-    lines[-1] += " of limit | peak GB |"
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
-    for r in record["results"]:
-        cells = [f"{r[m]['median']:.4g} ± {r[m]['sd']:.2g}" for m in METRICS]
-        share = "" if r["share_of_limit"] is None else f"{100 * r['share_of_limit']:.0f} %"
-        peak = f"{r['peak_memory_bytes'] / 1e9:.2f}"
-        lines.append(f"| {' | '.join([r['engine'], str(r['depth']), *cells, share, peak])} |")
+    """Where it was measured, and a table of medians with their spreads."""
+    lines = [*_head(record), "", _row(TITLES), "|---" + 8 * "|---:" + "|"]
+    lines += [_row(table_cells(result)) for result in record["results"]]
     for ratio in record["ratios"]:
         lines.append(
-            f"\ndepth {ratio['depth']}: ours over mlx-lm: "
+            f"\ndepth {ratio['depth']}, batch {ratio['batch']}: ours over mlx-lm: "
             f"prefill {ratio['prefill_tok_per_s']:.2f}, decode {ratio['decode_tok_per_s']:.2f}"
         )
     return "\n".join(lines)
 
 
+def table_cells(result: Mapping[str, Any]) -> list[str]:
+    """One result under `TITLES`."""
+    share, step = result["share_of_limit"], result["dispatches"]
+    return [
+        *(str(result[key]) for key in CASE),
+        *(with_spread(result[metric]) for metric in METRICS),
+        "" if share is None else f"{100 * share:.0f} %",
+        str(step["per_step"]) if step else "",
+        f"{result['peak_memory_bytes'] / 1e9:.2f}",
+    ]
+
+
+def with_spread(metric: Mapping[str, Any]) -> str:
+    """`12.34 ± 0.5`; a single run has no spread."""
+    median, spread = metric["median"], metric["spread"]
+    return f"{median:.4g}" + ("" if spread is None else f" ± {float(f'{spread:.2g}'):g}")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _head(record: Mapping[str, Any]) -> Iterator[str]:
-    machine, model, software = (record[key] for key in ("machine", "model", "software"))
-    memory = f"{machine['memory_bytes'] / 2**30:.0f} GB" if machine["memory_bytes"] else "memory ?"
-    cores = f", {machine['gpu_cores']} GPU cores" if machine["gpu_cores"] else ""
+    model, settings, cold = record["model"], record["settings"], record["cold"]
     yield f"**{model['name']}** ({model['nbytes'] / 1e9:.2f} GB, dense {model['dense'] or '?'})"
+    yield machine_line(record)
+    yield ", ".join(f"{name} {value}" for name, value in record["software"].items())
     yield (
-        f"{machine['cpu'] or machine['architecture']}{cores}, {memory}, {machine['system']} "
-        f"{machine['os_version']}, {machine['power_source'] or 'power ?'}, "
-        f"heat {machine['thermal_pressure'] or '?'}"
+        f"{settings['repeats']} runs of {settings['answer']} tokens after a warm-up, in turn: "
+        "median ± how far another such median may lie from it, 19 times in 20"
     )
-    yield ", ".join(f"{name} {value}" for name, value in software.items())
-    settings, cold = record["settings"], record["cold"]
     yield (
-        f"{settings['repeats']} runs of {settings['answer']} tokens after a warm-up: median ± "
-        f"standard deviation; cold: load {cold['load_s']:.2f} s, first token {cold['ttft_s']:.2f} s"
+        f"cold: load {cold['load_s']:.2f} s, first token {cold['ttft_s']:.2f} s; "
+        "batch: tok/s of all rows; kernels: launched by a decode step, counted in its graph"
     )
+
+
+def machine_line(record: Mapping[str, Any]) -> str:
+    """Chip, cores, memory, system, power, heat and load, as far as they could be read."""
+    machine, meanwhile = record["machine"], record["meanwhile"]
+    cores = [f"{machine[f'{kind}_cores'] or '?'} {kind.upper()} cores" for kind in ("cpu", "gpu")]
+    parts = [machine["cpu"] or machine["architecture"], cores[0]]
+    parts += [cores[1]] if machine["gpu_cores"] else []
+    for name, size in (("", "memory_bytes"), ("wired limit ", "wired_limit_bytes")):
+        parts += [f"{name}{machine[size] / 2**30:.0f} GB"] if machine[size] else []
+    heat = [machine["thermal_pressure"], meanwhile["thermal_pressure_after"]]
+    parts += [
+        f"{machine['system']} {machine['os_version']}",
+        machine["power_source"] or "power ?",
+        *(["low-power mode"] if machine["low_power_mode"] else []),
+        "heat " + " to ".join(dict.fromkeys(level or "?" for level in heat)),
+        "load " + " to ".join(f"{load:.1f}" for load in meanwhile["load_average"]),
+    ]
+    return ", ".join(parts)
 
 
 def as_csv(record: Mapping[str, Any]) -> str:
-    """One line for each engine and depth."""
+    """One line for each engine, depth and batch."""
     out = io.StringIO()
-    names = [f"{metric}_{part}" for metric in METRICS for part in ("median", "mean", "sd")]
+    parts = ("median", "mean", "sd", "spread")
     writer = csv.writer(out, lineterminator="\n")
+    columns = [f"{metric}_{part}" for metric in METRICS for part in parts]
     rest = ["limit_tok_per_s", "peak_memory_bytes"]
-    writer.writerow(["model", "chip", "engine", "depth", *names, *rest])
+    writer.writerow(["model", "chip", *CASE, *columns, *rest, "dispatches"])
     for r in record["results"]:
-        values = [r[metric][part] for metric in METRICS for part in ("median", "mean", "sd")]
-        place = [record["model"]["name"], record["machine"]["cpu"], r["engine"], r["depth"]]
-        writer.writerow([*place, *values, *(r[name] for name in rest)])
+        values = [r[metric][part] for metric in METRICS for part in parts]
+        place = [record["model"]["name"], record["machine"]["cpu"], *(r[key] for key in CASE)]
+        step = r["dispatches"] and r["dispatches"]["per_step"]
+        writer.writerow([*place, *values, *(r[name] for name in rest), step])
     return out.getvalue().rstrip("\n")
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Record]:
     """Where two records measured the same: the ratio of medians, and whether it means anything.
 
+    Medians that are further apart than the root mean square of the two stated spreads differ.
+
     Raises:
         BenchmarkError: they have nothing in common.
     """
-    old = {(r["engine"], r["depth"]): r for r in before["results"]}
+    old = {tuple(r[key] for key in CASE): r for r in before["results"]}
     found: list[Record] = []
     for new in after["results"]:
-        if (first := old.get((new["engine"], new["depth"]))) is None:
+        case = {key: new[key] for key in CASE}
+        if (first := old.get(tuple(case.values()))) is None:
             continue
         for metric in METRICS:
             a, b = first[metric], new[metric]
-            error = (a["sd"] ** 2 / len(a["runs"]) + b["sd"] ** 2 / len(b["runs"])) ** 0.5
+            spreads = [m["spread"] for m in (a, b) if m["spread"] is not None]
+            allowed = math.hypot(*spreads) / len(spreads) ** 0.5 if spreads else math.inf
             found.append(
                 {
-                    "engine": new["engine"],
-                    "depth": new["depth"],
+                    **case,
                     "metric": metric,
                     "before": a["median"],
                     "after": b["median"],
                     "ratio": b["median"] / a["median"],
-                    "significant": abs(b["mean"] - a["mean"]) > SIGMAS * error,
+                    "significant": abs(b["median"] - a["median"]) > allowed,
                 }
             )
     if not found:
-        raise BenchmarkError("the records have no engine and depth in common: nothing to compare")
+        raise BenchmarkError(
+            "the records have no engine, depth and batch in common: nothing to compare"
+        )
     return found
 
 
 def difference_text(rows: list[Record]) -> str:
     """A table of `difference`."""
-    lines = [
-        "| engine | depth | what | before | after | ratio | |",
-        "|---|---:|---|---:|---:|---:|---|",
-    ]
+    titles = "engine|depth|batch|what|before|after|ratio|"
+    lines = [_row(titles.split("|")), "|---|---:|---:|---|---:|---:|---:|---|"]
     for r in rows:
         meaning = "differs" if r["significant"] else "within the spread"
-        lines.append(
-            f"| {r['engine']} | {r['depth']} | {LABELS[r['metric']]} | {r['before']:.4g} | "
-            f"{r['after']:.4g} | {r['ratio']:.3f} | {meaning} |"
-        )
+        cells = [r["engine"], str(r["depth"]), str(r["batch"]), LABELS[r["metric"]]]
+        numbers = [f"{r['before']:.4g}", f"{r['after']:.4g}", f"{r['ratio']:.3f}"]
+        lines.append(_row([*cells, *numbers, meaning]))
     return "\n".join(lines)

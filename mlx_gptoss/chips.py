@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from mlx_gptoss.errors import MachineError
 
 GIB = 2**30
+TERA_PER_CORE = (0.331, 0.358, 0.41, 0.46, 0.46)  # of M1 to M5: 128 x 2 x the GPU's clock
+TERA_OF_M3_ULTRA = 0.354
+MATRIX_UNITS_OVER_ALU = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,22 @@ class Chip:
     def generation(self) -> int:
         """1 for M1 and its larger siblings, and so on; M5's GPU is the first with matrix units."""
         return int(self.name[1])
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether the GPU multiplies matrices in units made for it."""
+        return self.generation >= 5
+
+    @property
+    def alu_flop_per_s(self) -> float:
+        """Peak of the GPU's ordinary arithmetic, to a tenth: float32 and float16 alike."""
+        each = TERA_PER_CORE[self.generation - 1] if self.name != "M3 Ultra" else TERA_OF_M3_ULTRA
+        return max(self.gpu_cores) * each * 1e12
+
+    @property
+    def flop_per_s(self) -> float:
+        """Peak of matrix products; where there are matrix units, a projection."""
+        return self.alu_flop_per_s * (MATRIX_UNITS_OVER_ALU if self.has_matrix_units else 1)
 
 
 def _chip(name: str, cores: str, memory: str, bandwidth: float) -> Chip:

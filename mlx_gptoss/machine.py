@@ -7,6 +7,7 @@ is changed. The formats are those of macOS 13 to 26.
 
 import contextlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -21,6 +22,7 @@ from mlx_gptoss.errors import MachineError
 Run = Callable[[tuple[str, ...]], str | None]
 
 MIB = 2**20
+THERMAL_LEVELS = dict(enumerate(("nominal", "moderate", "heavy", "trapping", "sleeping")))
 TIMEOUT_S = 15  # system_profiler needs a few seconds on a cold machine
 
 
@@ -32,6 +34,7 @@ class Machine:
     architecture: str
     os_version: str
     cpu: str | None = None
+    cpu_cores: int | None = None
     model: str | None = None
     gpu_cores: int | None = None
     memory_bytes: int | None = None
@@ -83,8 +86,31 @@ def read_machine(run: Run | None = None) -> Machine:
         architecture=platform.machine(),
         os_version=platform.release(),
         cpu=_linux_cpu(),
+        cpu_cores=os.cpu_count(),
         memory_bytes=_linux_memory_bytes(),
     )
+
+
+def read_thermal_pressure(run: Run | None = None) -> str | None:
+    """How hot a Mac is: the level that `thermald` publishes, else what `pmset` complains of.
+
+    The names are those of libkern/OSThermalNotification.h; `powermetrics` shows the same to root.
+    """
+    run = run or run_command
+    level = run(("notifyutil", "-g", "com.apple.system.thermalpressurelevel"))
+    if found := re.search(r"thermalpressurelevel (\d)\s*$", level or ""):
+        return THERMAL_LEVELS.get(int(found[1]), f"level {found[1]}")
+    if not (text := (run(("pmset", "-g", "therm")) or "").strip()):
+        return None
+    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", text)
+    if limit and int(limit[1]) < 100:
+        return f"speed limited to {limit[1]} %"
+    warnings = [
+        line.strip()
+        for line in text.splitlines()
+        if "warning level" in line and "has been recorded" not in line
+    ]
+    return warnings[0] if warnings else "nominal"
 
 
 def run_command(command: tuple[str, ...]) -> str | None:
@@ -106,6 +132,7 @@ def _read_mac(run: Run) -> Machine:
         architecture=platform.machine(),
         os_version=_text(run(("sw_vers", "-productVersion"))) or platform.mac_ver()[0],
         cpu=_text(run(("sysctl", "-n", "machdep.cpu.brand_string"))),
+        cpu_cores=_integer(run(("sysctl", "-n", "hw.physicalcpu"))),
         model=_text(run(("sysctl", "-n", "hw.model"))),
         gpu_cores=_gpu_cores(run(("system_profiler", "SPDisplaysDataType", "-json"))),
         memory_bytes=_integer(run(("sysctl", "-n", "hw.memsize"))) or metal.get("memory_size"),
@@ -115,7 +142,7 @@ def _read_mac(run: Run) -> Machine:
         gpu_architecture=metal.get("architecture"),
         power_source=_power_source(run(("pmset", "-g", "batt"))),
         low_power_mode=_low_power_mode(run(("pmset", "-g"))),
-        thermal_pressure=_thermal_pressure(run(("pmset", "-g", "therm"))),
+        thermal_pressure=read_thermal_pressure(run),
     )
 
 
@@ -159,21 +186,6 @@ def _low_power_mode(output: str | None) -> bool | None:
         if found := re.search(rf"^\s*{name}\s+(\d)\s*$", output or "", re.MULTILINE):
             return found[1] == "1"
     return None
-
-
-def _thermal_pressure(output: str | None) -> str | None:
-    """What `pmset -g therm` complains of, else "nominal"."""
-    if not (text := (output or "").strip()):
-        return None
-    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", text)
-    if limit and int(limit[1]) < 100:
-        return f"speed limited to {limit[1]} %"
-    warnings = [
-        line.strip()
-        for line in text.splitlines()
-        if "warning level" in line and "has been recorded" not in line
-    ]
-    return warnings[0] if warnings else "nominal"
 
 
 def _linux_cpu() -> str | None:

@@ -1,5 +1,7 @@
 """Measurements: what is in a record, how records compare, and what limits they are held against."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -9,29 +11,41 @@ from tiny import TinyShape, write_checkpoint
 
 from mlx_gptoss import bench as benchmark
 from mlx_gptoss import machine
-from mlx_gptoss.bench import OURS, PEER, Run, file_name
+from mlx_gptoss.bench import OURS, PEER, Run, file_name, load_model, sample_prompt, summary
 from mlx_gptoss.bench_report import as_html
-from mlx_gptoss.bench_runs import named_arrays
+from mlx_gptoss.bench_runs import OurRunner, named_arrays
 from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record
 from mlx_gptoss.chips import CHIPS, find_chip
 from mlx_gptoss.cli import main
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.convert import convert_checkpoint
-from mlx_gptoss.errors import BenchmarkError
+from mlx_gptoss.decode import Decoder
+from mlx_gptoss.errors import BenchmarkError, MachineError
+from mlx_gptoss.kernels.selection import all_definitions, all_kernels
 from mlx_gptoss.machine import Machine
 from mlx_gptoss.plan import dense_quantization
-from mlx_gptoss.roofline import bytes_per_token, limit_tok_per_s, predicted_tok_per_s
+from mlx_gptoss.roofline import (
+    limit_tok_per_s,
+    predicted_prefill_tok_per_s,
+    predicted_tok_per_s,
+    prefill_flops,
+    prefill_limit_tok_per_s,
+    step_bytes,
+)
 
-SMALL = TinyShape(layers=2, hidden=128, inter=96, q_heads=6, kv_heads=3, experts=9, vocab=640)
+SMALL = TinyShape(layers=2, hidden=128, inter=96, q_heads=12, kv_heads=3, experts=12, vocab=640)
 M4_PRO = Machine(
     system="Darwin",
     architecture="arm64",
     os_version="26.2",
     cpu="Apple M4 Pro",
+    cpu_cores=14,
     gpu_cores=20,
     memory_bytes=48 * 2**30,
+    wired_limit_bytes=40 * 2**30,
     power_source="AC Power",
-    thermal_pressure="nominal",
+    low_power_mode=True,
+    thermal_pressure="heavy",
 )
 
 
@@ -48,7 +62,8 @@ def record(converted):
         "tiny",
         converted,
         machine=M4_PRO,
-        depths=[5, 140],
+        depths=[140],
+        batches=[1, 3],
         answer=3,
         repeats=2,
         compare=True,
@@ -56,12 +71,8 @@ def record(converted):
 
 
 def test_the_record_is_complete(record):
-    assert [(r["engine"], r["depth"]) for r in record["results"]] == [
-        (OURS, 5),
-        (PEER, 5),
-        (OURS, 140),
-        (PEER, 140),
-    ]
+    cases = [(r["depth"], r["batch"], r["engine"]) for r in record["results"]]
+    assert cases == [*itertools.product([140], [1, 3], [OURS, PEER])]
     for result in record["results"]:
         for metric in benchmark.METRICS:
             runs = result[metric]["runs"]
@@ -70,8 +81,12 @@ def test_the_record_is_complete(record):
         assert result["peak_memory_bytes"] > record["model"]["nbytes"]
         share = result["decode_tok_per_s"]["median"] / result["limit_tok_per_s"]
         assert result["share_of_limit"] == share
+        hidden = result["engine"] == PEER and result["batch"] > 1  # mlx-lm's batches
+        assert hidden or result["dispatches"]["per_step"] > result["dispatches"]["in_a_chain"] > 20
+        assert bool(result["dispatches"]) != hidden
     assert record["cold"]["load_s"] > 0 and record["cold"]["ttft_s"] > 0
     assert record["machine"]["cpu"] == "Apple M4 Pro"
+    assert len(record["meanwhile"]["load_average"]) == 2
     assert {"mlx", "mlx-lm", "mlx-gptoss", "kernels"} <= set(record["software"])
     assert len(record["model"]["digest"]) == 64
     json.dumps(record)
@@ -116,8 +131,10 @@ def test_engines_run_in_turn(converted, monkeypatch):
             def __init__(self, *_):
                 self.name, self.count = name, 0
 
-            def run(self, prompt, answer):
-                order.append(f"{name}{len(prompt)}")
+            def run(self, prompts, answer, *, fed):
+                order.append(f"{name}{len(prompts[0])}x{len(prompts)}")
+                assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
+                fed(len(prompts[0]))
                 self.count += 1
                 speed = float(self.count)
                 return Run(
@@ -127,58 +144,127 @@ def test_engines_run_in_turn(converted, monkeypatch):
                     peak_memory_bytes=7,
                 )
 
+            def next_step(self):
+                return None
+
         return Scripted
 
     monkeypatch.setattr(benchmark, "OurRunner", runner(OURS))
     monkeypatch.setattr(benchmark, "PeerRunner", runner(PEER))
-    ours = {"machine": M4_PRO, "depths": [9, 4], "answer": 2, "repeats": 2, "compare": True}
-    record = benchmark.bench("x", converted, **ours)
-    a, b = OURS, PEER
-    assert order == [f"{a}9", *[f"{a}9", f"{b}9"] * 3, *[f"{a}4", f"{b}4"] * 3]
+    told: list[tuple[int, int]] = []
+    record = benchmark.bench(
+        "x",
+        converted,
+        machine=M4_PRO,
+        depths=[9, 4],
+        batches=[1, 2],
+        answer=2,
+        repeats=2,
+        compare=True,
+        progress=lambda _, done, total: told.append((done, total)),
+    )
+    turn = [f"{name}{case}" for case in ("9x1", "9x2", "4x1", "4x2") for name in (OURS, PEER)]
+    assert order == [f"{OURS}9x1", *turn * 3]
     decode = [r["decode_tok_per_s"]["runs"] for r in record["results"]]
-    assert decode == [[3.0, 4.0], [2.0, 3.0], [6.0, 7.0], [5.0, 6.0]]
+    assert decode[:3] == [[6.0, 10.0], [5.0, 9.0], [7.0, 11.0]]  # the first round is thrown away
     assert record["ratios"][0] == {
         "depth": 9,
-        "prefill_tok_per_s": 3.5 / 2.5,
-        "decode_tok_per_s": 3.5 / 2.5,
+        "batch": 1,
+        "prefill_tok_per_s": 8 / 7,
+        "decode_tok_per_s": 8 / 7,
     }
+    assert told == sorted(told) and told[0][0] == 9 and told[-1][0] == told[-1][1]
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(converted):
+    """On a Mac it would end in a restart."""
+    tight = dataclasses.replace(M4_PRO, working_set_bytes=8_000_000)
+    request = {"machine": tight, "depths": [8, 9000], "batches": [2], "answer": 3, "repeats": 1}
+    with pytest.raises(MachineError, match=r"depth 9000 in batches of 2 needs 0\.\d GB, this mach"):
+        benchmark.bench("x", converted, **request)
+    with pytest.raises(MachineError, match="context: expected 1 to 131072, got 131073"):
+        benchmark.bench("x", converted, **request | {"depths": [131070]})
+
+
+def test_rows_decode_as_they_do_alone(converted):
+    """What is measured is the model's work: each row's tokens are those it gives by itself."""
+    import mlx.core as mx
+
+    model = load_model(converted)
+    runner = OurRunner(model)
+    prompts = [sample_prompt(model.config, 150 + row)[row:] for row in range(3)]
+    fed: list[int] = []
+    together = mx.stack(list(runner._rows(prompts, 6, fed.append)), axis=1).tolist()
+    assert together == [list(runner._row(prompt, 6, lambda _: None)) for prompt in prompts]
+    definitions = all_definitions("there is no Metal here")
+    runner._decoder = decoder = Decoder(model, kernels=definitions, allowed=mx.ones((640,)))
+    decoder._compiled = decoder.step  # compiling takes longer than all the rest
+    compiled = mx.stack(list(runner._rows(prompts, 6, fed.append)), axis=1).tolist()
+    assert compiled == together
+    assert fed.count(150) == 2 and len(fed) > 2  # in chunks
+
+
+def test_kernels_are_counted_where_they_decode(converted):
+    """6 in a sliding layer, 7 in a full one, 3 besides, for any number of rows."""
+    import mlx.core as mx
+
+    model = load_model(converted)
+    model.kernels = all_kernels()
+    runner = OurRunner(model)
+    for rows in (1, 3):
+        runner._cache = model.make_cache(rows)
+        model.next_logits(mx.zeros((rows, 5), mx.int32), runner._cache)
+        assert runner.next_step().kernels == 6 + 7 + 3
+
+
+def test_the_spread_is_where_another_median_lies():
+    """Of made-up measurements, 19 in 20 pairs of medians are no further apart than it says."""
+    import numpy as np
+
+    values = np.random.default_rng(5).normal(100, 3, (4000, 2, 5))
+    apart = [abs(np.median(a) - np.median(b)) for a, b in values]
+    spreads = [summary(list(a))["spread"] for a, _ in values]
+    assert 0.93 <= np.mean(np.array(apart) <= np.array(spreads)) <= 0.97
+    assert summary([3.0]) == {
+        "median": 3.0, "mean": 3.0, "sd": 0.0, "spread": None, "runs": [3.0]
+    }  # fmt: skip
 
 
 def test_text_forms(record):
     text = as_markdown(record)
-    assert "Apple M4 Pro, 20 GPU cores, 48 GB, Darwin 26.2, AC Power, heat nominal" in text
-    assert text.count("| mlx-lm |") == 2 and "ours over mlx-lm" in text
+    assert (
+        "Apple M4 Pro, 14 CPU cores, 20 GPU cores, 48 GB, wired limit 40 GB, Darwin 26.2, "
+        "AC Power, low-power mode, heat heavy to ?, load " in text
+    )
+    assert text.count("| mlx-lm |") == 2 and text.count("ours over mlx-lm") == 2
     rows = as_csv(record).splitlines()
     assert len(rows) == 5 and len({row.count(",") for row in rows}) == 1
-    assert file_name(record) == "bench_m4-pro_48g_tiny.json"
+    assert file_name(record) == "m4-pro_48g_tiny.json"
+    linux = {"cpu": "Intel(R) Xeon(R) Processor", "memory_bytes": 25325268992}
+    assert file_name(record | {"machine": linux}) == "intel-xeon_24g_tiny.json"
+    unknown = {"cpu": None, "memory_bytes": None, "architecture": "riscv64"}
+    assert file_name(record | {"machine": unknown}) == "riscv64_0g_tiny.json"
 
 
-def metric(*runs: float) -> dict:
-    import statistics
-
-    return {
-        "median": statistics.median(runs),
-        "mean": statistics.mean(runs),
-        "sd": statistics.stdev(runs),
-        "runs": list(runs),
-    }
-
-
-def made_up(*runs: float, depth: int = 512) -> dict:
-    result = {name: metric(*runs) for name in benchmark.METRICS}
-    return {"version": 1, "results": [{"engine": OURS, "depth": depth, **result}]}
+def made_up(*runs: float, depth: int = 512, batch: int = 1) -> dict:
+    result = {name: summary(runs) for name in benchmark.METRICS}
+    case = {"engine": OURS, "depth": depth, "batch": batch}
+    return {"version": benchmark.VERSION, "results": [{**case, **result}]}
 
 
 def test_difference_knows_noise_from_change():
     rows = difference(made_up(10, 11, 12), made_up(10.2, 11.2, 12.2))
     assert [row["significant"] for row in rows] == [False] * 3
+    rows = difference(made_up(10), made_up(20))
+    assert [row["significant"] for row in rows] == [False] * 3  # one run says nothing
     rows = difference(made_up(10, 11, 12), made_up(20, 21, 22))
     assert [(row["significant"], row["ratio"]) for row in rows] == [(True, 21 / 11)] * 3
 
 
 def test_records_with_nothing_in_common():
-    with pytest.raises(BenchmarkError, match="no engine and depth in common"):
-        difference(made_up(1, 2), made_up(1, 2, depth=513))
+    for other in (made_up(1, 2, depth=513), made_up(1, 2, batch=2)):
+        with pytest.raises(BenchmarkError, match="no engine, depth and batch in common"):
+            difference(made_up(1, 2), other)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +272,8 @@ def test_records_with_nothing_in_common():
     [
         (None, "cannot be read: No such file"),
         ("{", "expected the JSON of `bench --save`"),
-        ("[1]", "expected a record of version 1, got None; measure again"),
-        ('{"version": 99}', "expected a record of version 1, got 99; measure again"),
+        ("[1]", "expected a record of version 2, got None; measure again"),
+        ('{"version": 99}', "expected a record of version 2, got 99; measure again"),
     ],
 )
 def test_damaged_records(tmp_path, content, message):
@@ -201,11 +287,29 @@ def test_damaged_records(tmp_path, content, message):
 def test_bytes_of_a_token_by_hand():
     """20b in bf16 reads 3.71 GB a token: 4 of 32 experts, and everything else but the embedding."""
     packing = dense_quantization(GPT_OSS_20B, "bf16")
-    weights, kv = bytes_per_token(GPT_OSS_20B, packing, depth=1024)
+    weights, kv = step_bytes(GPT_OSS_20B, packing, depth=1024)
     assert weights == pytest.approx(3.708e9, rel=1e-3)
     assert kv == 12 * 2048 * 1024 + 12 * 2048 * 128
     q8 = dense_quantization(GPT_OSS_120B, "q8")
-    assert bytes_per_token(GPT_OSS_120B, q8, depth=1)[0] == pytest.approx(3.565e9, rel=1e-3)
+    assert step_bytes(GPT_OSS_120B, q8, depth=1)[0] == pytest.approx(3.565e9, rel=1e-3)
+    two, kv_of_two = step_bytes(GPT_OSS_20B, packing, depth=1024, batch=2)
+    experts = 24 * 32 * 3 * 2880 * (1440 + 90 + 2)
+    assert two - weights == pytest.approx((1 / 8) * (7 / 8) * experts + 2880 * 2, rel=1e-6)
+    assert kv_of_two == 2 * kv
+
+
+def test_prefill_is_bound_by_arithmetic():
+    """6.06 GFLOP a token of the 20b, 9.10 of the 120b; attention is a third of 32k tokens' work."""
+    products, scores = prefill_flops(GPT_OSS_20B, prompt=32768)
+    assert products / 32768 == pytest.approx(6.06e9, rel=2e-3)
+    assert prefill_flops(GPT_OSS_120B, prompt=7)[0] / 7 == pytest.approx(9.10e9, rel=2e-3)
+    assert scores / products == pytest.approx(0.53, rel=0.02)
+    for chip in CHIPS:
+        for prompt in (512, 32768):
+            guess = predicted_prefill_tok_per_s(GPT_OSS_20B, chip, prompt=prompt)
+            assert 0.2 < guess / prefill_limit_tok_per_s(GPT_OSS_20B, chip, prompt=prompt) < 0.56
+    measured = predicted_prefill_tok_per_s(GPT_OSS_20B, find_chip("M1 Max"), prompt=512)
+    assert measured == pytest.approx(1022, rel=0.1)  # llama.cpp's, one of those fitted to
 
 
 def test_predictions_stay_below_limits_and_grow_with_the_chip():
@@ -229,7 +333,7 @@ def test_the_command(converted, tmp_path, monkeypatch):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    saved = tmp_path / "results" / "bench_m4-pro_48g_model.json"
+    saved = tmp_path / "results" / "m4-pro_48g_model.json"
     assert json.loads(saved.read_text()) == record
     assert f"saved {saved}" in result.stderr
     assert record["model"]["name"] == "model" and str(converted) not in saved.read_text()
@@ -237,47 +341,58 @@ def test_the_command(converted, tmp_path, monkeypatch):
     assert result.exit_code == 0 and result.stdout.count("within the spread") == 6
     wrong = CliRunner().invoke(main, ["bench", str(converted), "--depths", "0,x"])
     assert wrong.exit_code == 2
-    assert wrong.stderr.startswith("Error: --depths: expected lengths such as 512,2048, got '0,x'")
+    assert wrong.stderr.startswith(
+        "Error: --depths: expected numbers from 1, such as 1,4, got '0,x'"
+    )
+    wrong = CliRunner().invoke(main, ["bench", str(converted), "--batch", "1,,2"])
+    assert wrong.exit_code == 2 and "--batch: expected numbers from 1" in wrong.stderr
 
 
 def measured_on_a_mac(*, depth: int, decode: float, layers: int = 24, experts: int = 32) -> dict:
     """A made-up record of the 20b on an M4 Pro."""
     result = made_up(decode, decode, depth=depth)["results"][0]
-    result |= {"share_of_limit": 0.7, "peak_memory_bytes": 15e9}
+    result |= {"share_of_limit": 0.7, "limit_tok_per_s": 73.0, "peak_memory_bytes": 15e9}
+    model = {"name": "<20b>", "layers": layers, "hidden": 2880, "experts": experts}
     return {
-        "version": 1,
+        "benchmark": "bench",
+        "version": 2,
         "date": "2026-11-21T20:00:00+00:00",
-        "machine": {"cpu": "Apple M4 Pro", "architecture": "arm64"},
-        "model": {
-            "name": "<20b>",
-            "layers": layers,
-            "hidden": 2880,
-            "experts": experts,
-            "dense": "bf16",
-        },
-        "results": [result],
+        "machine": dataclasses.asdict(M4_PRO),
+        "meanwhile": {"load_average": [1.0, 2.0], "thermal_pressure_after": "heavy"},
+        "software": {"mlx": "0.32.4"},
+        "model": model | {"dense": "bf16", "nbytes": 13_800_000_000},
+        "results": [result | {"dispatches": {"per_step": 159, "in_a_chain": 159}}],
     }
 
 
 def test_the_report_shows_measurements_beside_predictions(record):
     from xml.etree import ElementTree
 
-    mine = measured_on_a_mac(depth=1024, decode=51.5)
-    page = as_html([record, mine])
+    page = as_html([record, measured_on_a_mac(depth=1024, decode=51.5)])
     assert "2 records." in page and "&lt;20b&gt;" in page and "<20b>" not in page
-    assert page.count("mlx-gptoss, depth 1024: 51.5 tok/s") == 2  # by chip and by depth
+    # by chip, by depth, and in its own two plots; prefill by length and decode alike
+    assert page.count("mlx-gptoss, depth 1024, batch 1: 51.5 ± 0 tok/s") == 5
+    assert page.count(" ± ") > 5 + 3 * 4 and page.count('class="real spread"') == 2 * 2 + 2 + 2
     assert "http" not in page.lower().replace('charset="utf-8"', "")  # nothing is fetched
     for svg in page.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
-    assert "depth 1024" not in as_html([measured_on_a_mac(depth=1024, decode=9, layers=2)]).split(
-        "Everything"
-    )[0].replace("depth 1024, tokens/s", "")
+    other = as_html([measured_on_a_mac(depth=1024, decode=9, layers=2)])
+    assert "depth 1024, batch 1" not in other.split("Every record")[0]  # of no published model
     assert "0 records." in as_html([])
 
 
-def test_the_report_command(tmp_path):
+def test_the_report_command(tmp_path, monkeypatch):
     path, page = tmp_path / "a.json", tmp_path / "page.html"
     path.write_text(json.dumps(measured_on_a_mac(depth=2048, decode=40)))
     result = CliRunner().invoke(main, ["bench", "report", str(path), "-o", str(page)])
     assert result.exit_code == 0 and result.stdout.strip() == str(page)
-    assert "depth 2048: 40 tok/s" in page.read_text()
+    assert "depth 2048, batch 1: 40 ± 0 tok/s" in page.read_text()
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["bench", "report"])
+    assert result.exit_code == 1 and "benchmarks/results: no such folder here" in result.stderr
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "decode.json").write_text('{"benchmark": "decode"}')  # another program's
+    path.rename(results / path.name)
+    assert CliRunner().invoke(main, ["bench", "report"]).exit_code == 0
+    assert "1 record." in (tmp_path / "bench.html").read_text()

@@ -3,8 +3,9 @@
 import pytest
 
 from benchmarks.decode_card import MODELS, count_ours, kv_bytes, token_bytes
-from benchmarks.graph import count_graph, mlx_lm_counts
+from benchmarks.graph import mlx_lm_counts
 from mlx_gptoss.config import FULL
+from mlx_gptoss.dispatches import count_traced
 
 
 @pytest.mark.parametrize(("model", "dense", "kernels"), [("20b", "q8", 159), ("120b", "bf16", 237)])
@@ -32,7 +33,7 @@ def test_kernels_and_chains_are_told_apart() -> None:
             mx.matmul(side[0], side[1].T)
         ]  # sin and cos do not wait for each other; T is a view
 
-    counted = count_graph(call, [mx.zeros((3, 4)), mx.zeros((5, 4))])
+    counted = count_traced(call, [mx.zeros((3, 4)), mx.zeros((5, 4))])
     assert (counted.kernels, counted.depth, counted.inputs) == (3, 2, 2)
 
 

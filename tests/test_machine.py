@@ -13,6 +13,7 @@ M4_PRO = {
     ("sysctl", "-n", "iogpu.wired_limit_mb"): "0\n",
     ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M4 Pro\n",
     ("sysctl", "-n", "hw.model"): "Mac16,8\n",
+    ("sysctl", "-n", "hw.physicalcpu"): "14\n",
     ("sysctl", "-n", "hw.memsize"): "25769803776\n",
     ("sw_vers", "-productVersion"): "26.2\n",
     ("system_profiler", "SPDisplaysDataType", "-json"): json.dumps(
@@ -58,6 +59,7 @@ def test_a_mac(on_a_mac):
         architecture="arm64",
         os_version="26.2",
         cpu="Apple M4 Pro",
+        cpu_cores=14,
         model="Mac16,8",
         gpu_cores=16,
         memory_bytes=24 * GIB,
@@ -96,6 +98,20 @@ def test_nothing_readable_is_none_and_never_an_error(on_a_mac, answer):
 def test_thermal_pressure(on_a_mac, output, pressure):
     outputs = {**M4_PRO, ("pmset", "-g", "therm"): output}
     assert machine.read_machine(outputs.get).thermal_pressure == pressure
+
+
+@pytest.mark.parametrize(
+    "output, pressure",
+    [
+        ("com.apple.system.thermalpressurelevel 0\n", "nominal"),
+        ("com.apple.system.thermalpressurelevel 2\n", "heavy"),
+        ("com.apple.system.thermalpressurelevel 7\n", "level 7"),
+        ("notifyutil: no such key\n", "nominal"),  # pmset knows
+    ],
+)
+def test_thermal_pressure_as_thermald_publishes_it(on_a_mac, output, pressure):
+    level = ("notifyutil", "-g", "com.apple.system.thermalpressurelevel")
+    assert machine.read_machine({**M4_PRO, level: output}.get).thermal_pressure == pressure
 
 
 @pytest.mark.parametrize("mode, low", [("0", False), ("1", True), ("2", False)])

@@ -38,6 +38,14 @@ def bench() -> None:
     help="Prompt lengths, after which decoding is measured.",
 )
 @click.option(
+    "--batch",
+    "batches",
+    default="1",
+    show_default=True,
+    metavar="B,...",
+    help="Rows decoded together, each with a prompt of its own.",
+)
+@click.option(
     "--answer",
     type=click.IntRange(min=2),
     default=64,
@@ -51,7 +59,7 @@ def bench() -> None:
     default=5,
     show_default=True,
     metavar="N",
-    help="Runs of each depth, after one that warms up.",
+    help="Runs of each depth and batch, after one that warms up; 5 make a spread worth stating.",
 )
 @click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn.")
 @click.option(
@@ -65,14 +73,17 @@ def bench() -> None:
 @click.option(
     "--save",
     type=click.Path(path_type=Path, file_okay=False),
-    metavar="FOLDER",
-    help="Keep the record here, under the names of chip, memory and model.",
+    is_flag=False,
+    flag_value=Path(RESULTS),
+    metavar="[FOLDER]",
+    help=f"Keep the record, under the names of chip, memory and model; in {RESULTS} by itself.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no notes.")
 def run(
     *,
     model: str,
     depths: str,
+    batches: str,
     answer: int,
     repeats: int,
     compare: str | None,
@@ -86,6 +97,7 @@ def run(
     from mlx_gptoss.library import find_model
     from mlx_gptoss.machine import read_machine
 
+    asked = {"depths": _numbers("--depths", depths), "batches": _numbers("--batch", batches)}
     folder, machine = find_model(model), read_machine()
     if machine.power_source == "Battery Power" or machine.low_power_mode:
         note("On battery or in low-power mode: this is slower than the machine.", quiet=quiet)
@@ -93,7 +105,7 @@ def run(
         model,
         folder,
         machine=machine,
-        depths=_depths(depths),
+        **asked,
         answer=answer,
         repeats=repeats,
         compare=compare is not None,
@@ -102,10 +114,11 @@ def run(
     forms = {"md": bench_text.as_markdown, "csv": bench_text.as_csv, "json": _json}
     click.echo(forms[form](record))
     if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
         path = save / benchmark.file_name(record)
+        before = " over the one that was there" if path.exists() else ""
+        save.mkdir(parents=True, exist_ok=True)
         path.write_text(_json(record) + "\n", encoding="utf-8")
-        note(f"saved {path}", quiet=quiet)
+        note(f"saved {path}{before}", quiet=quiet)
 
 
 @bench.command()
@@ -134,21 +147,19 @@ def diff(*, before: Path, after: Path, as_json: bool) -> None:
 def report(*, records: tuple[Path, ...], output: Path) -> None:
     """Draw RECORDS, or all of benchmarks/results, with limits and predictions, as one HTML page."""
     from mlx_gptoss.bench_report import as_html
-    from mlx_gptoss.bench_text import read_record
+    from mlx_gptoss.bench_text import read_record, records_of
 
-    paths = records or tuple(sorted(Path(RESULTS).glob("bench_*.json")))
-    output.write_text(as_html([read_record(path) for path in paths]), encoding="utf-8")
+    found = [read_record(path) for path in records] if records else records_of(Path(RESULTS))
+    output.write_text(as_html(found), encoding="utf-8")
     click.echo(output)
 
 
-def _depths(text: str) -> list[int]:
-    try:
-        depths = [int(part) for part in text.split(",")]
-    except ValueError:
-        depths = []
-    if not depths or min(depths) < 1:
-        raise click.UsageError(f"--depths: expected lengths such as 512,2048, got {text!r}")
-    return depths
+def _numbers(option: str, text: str) -> list[int]:
+    """A list of whole numbers from 1, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise click.UsageError(f"{option}: expected numbers from 1, such as 1,4, got {text!r}")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _json(value: Any) -> str:
