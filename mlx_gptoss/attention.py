@@ -60,10 +60,10 @@ def attention_block(
         (B, T, D) in the type of x.
     """
     new = _project(x, weights, place, place.angles)
-    by_store = zip(*(mx.split(a, len(stores)) for a in new), strict=True)
+    q, k, v = (mx.split(rows, len(stores)) for rows in new)
     mixed = [
-        _attend(*qkv, weights.sinks, store, scale=place.scale, start=start)
-        for qkv, store, start in zip(by_store, stores, place.starts, strict=True)
+        _attend(q[n], k[n], v[n], weights.sinks, store, scale=place.scale, start=place.starts[n])
+        for n, store in enumerate(stores)
     ]
     return reference.out_residual(mx.concatenate(mixed), weights.out, x)
 

@@ -2,14 +2,16 @@
 
 While the host looks at a token, the device already computes the next one from it: at most two steps
 are in flight. A step computed in vain, because its input was the last token, is dropped by putting
-the cache back. The engine knows nothing of text or harmony, and belongs to one thread.
+the cache back. Several generations may take each step together, which reads the weights once for
+all of them; a single one is a batch of one. The engine knows nothing of text or harmony, and
+belongs to one thread.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import StrEnum
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,13 +20,16 @@ import numpy.typing as npt
 from mlx_gptoss.cache import ModelCache
 from mlx_gptoss.decode import Decoder
 from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.generation_stats import GenerationStats, Meter
 from mlx_gptoss.model import Model
 from mlx_gptoss.pacing import TARGET_S, ChunkPacer
-from mlx_gptoss.sampling import SamplingParams, SamplingRows
-from mlx_gptoss.steps import Guide, KernelSteps, ModelSteps
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.steps import Guide, KernelSteps, ModelSteps, Steps
 
 MOST_AT_ONCE = 16  # generations of one engine that may take turns
 PREFILL_CHUNK = 512  # tokens at most; bounds the memory of a long prompt
+
+Kind = TypeVar("Kind", bound=Steps)
 
 
 class Finish(StrEnum):
@@ -38,31 +43,8 @@ class Finish(StrEnum):
     """The caller closed it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationStats:
-    """What a generation cost.
-
-    Attributes:
-        prompt_tokens: Of the whole prompt.
-        cached_tokens: Of it, already in the cache.
-        completion_tokens: Emitted so far, a stop token included.
-        ttft_s: From the call of `generate` to the first token; None before it.
-        prefill_tok_per_s: Prompt tokens fed, over `ttft_s`; None before the first token.
-        decode_tok_per_s: Tokens after the first, over their time; None before the second.
-        peak_memory_bytes: MLX's highest allocation in this process so far, weights included.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    ttft_s: float | None
-    prefill_tok_per_s: float | None
-    decode_tok_per_s: float | None
-    peak_memory_bytes: int
-
-
 class Engine:
-    """Generates from one model; its generations may take turns, token by token.
+    """Generates from one model; its generations may take turns, or their steps together.
 
     Args:
         model: The model.
@@ -97,17 +79,49 @@ class Engine:
         self._decoder: Decoder | None = None
         # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
         # here until later work has been waited for, so that its buffers are not given away. Each
-        # generation drops one at most, and the next one waits for its prompt.
-        self.dropped: deque[mx.array] = deque(maxlen=MOST_AT_ONCE)
+        # generation drops two at most, and the next one waits for its prompt.
+        self.dropped: deque[mx.array] = deque(maxlen=2 * MOST_AT_ONCE)
 
-    def steps(self, cache: ModelCache, sampling: SamplingParams) -> KernelSteps | None:
-        """Steps made of kernels; None where no kernel is used, or none samples in this way."""
+    def begin(
+        self,
+        logits: mx.array,
+        cache: ModelCache,
+        *,
+        sampling: SamplingParams,
+        guide: Guide | None,
+    ) -> tuple[mx.array, Steps]:
+        """Launch the first token after a prompt, from (1, V); it, and what takes the steps after.
+
+        The kernels take them where some are used, sample in this way, and are not guided.
+        """
+        plain = ModelSteps(self.model, cache, sampling=sampling, allowed=self.allowed, guide=guide)
+        token = plain.first(logits)
         kernels = self.model.kernels
-        if not kernels.used or not KernelSteps.can_sample(sampling):
-            return None
+        if guide or not kernels.used or not KernelSteps.can_sample(sampling):
+            return token, plain
         if self._decoder is None:
             self._decoder = Decoder(self.model, kernels=kernels, allowed=self.allowed)
-        return KernelSteps(self._decoder, cache, sampling=sampling)
+        # `plain` ends here: its snapshot would turn every merge into a copy
+        return token, KernelSteps(self._decoder, cache, sampling=sampling)
+
+    def launch(self, generations: Sequence["Generation"]) -> None:
+        """Take the next step of several generations together.
+
+        Each is to be asked for its token next, and raises there what went wrong here; whoever asks
+        without launching launches that generation alone.
+
+        Args:
+            generations: Different ones, of this engine; those that have ended are left alone.
+        """
+        ready = [one for one in generations if one._prepare()]
+        late = [one for one in ready if one._is_read]
+        _take(ModelSteps, late)
+        _take(KernelSteps, late)
+        for one in late:
+            one._shift()
+        ahead = [one for one in ready if one._may_run_ahead]
+        _take(ModelSteps, ahead)
+        _take(KernelSteps, ahead)
 
     def generate(
         self,
@@ -204,15 +218,24 @@ class Generation(Iterator[int]):
         self._engine, self._prompt, self._stop, self._limit = engine, prompt, stop, limit
         self._breaks, self._on_prefill = breaks, on_prefill or (lambda done, total: None)
         self._left, self._guide = prompt[cache.offset :], guide
-        self._rows = SamplingRows.pack([sampling])
-        self._cached = cache.offset
-        self._emitted = 0
-        self._began = time.perf_counter()
-        self._first_at = self._last_at = self._began
-        self._tokens = self._run()
+        self._meter = Meter(len(prompt), cache.offset)
+        self._steps: Steps | None = None  # once the prompt is fed
+        self._token: mx.array | None = None  # to be read next, or `_is_read` already
+        self._is_read = False
+        self._ahead: mx.array | None = None  # the token after it
+        self._is_launched = self._is_over = False
+        self._fault: Exception | None = None
 
     def __next__(self) -> int:
-        return next(self._tokens)
+        if self._is_over:
+            raise StopIteration
+        try:
+            if not self._is_launched:
+                self._engine.launch([self])
+            return self._read()
+        except BaseException:
+            self._end()
+            raise
 
     def __enter__(self) -> "Generation":
         return self
@@ -222,88 +245,100 @@ class Generation(Iterator[int]):
 
     def close(self) -> None:
         """Cancel what is not done yet; does nothing after the end."""
-        self._tokens.close()
+        self._end()
         self.finish = self.finish or Finish.CANCELLED
 
     def feed(self) -> bool:
-        """Feed one chunk of the prompt, unless it is the last, and say whether others follow.
+        """Feed one chunk of the prompt, and say whether others follow.
 
-        Taking the first token feeds them all; whoever has more to do than this generation calls
-        this before, until it returns False.
+        The first token follows the last chunk, and is launched with it. Taking that token feeds
+        all that is left; whoever has more to do than this generation calls this before, until it
+        returns False.
         """
-        if (count := self._chunk()) < len(self._left):
-            began = time.perf_counter()
-            self._engine.model.hidden(self._taken(count), self.cache)
-            mx.eval(self.cache.arrays)  # the chunk's own logits are never computed
-            self._engine.pacer.note(count, time.perf_counter() - began)
-            self._tell()
-        return self._chunk() < len(self._left)
+        if self._is_over or not self._left:
+            return False
+        if (count := self._chunk()) == len(self._left):
+            self._feed_last()
+            return False
+        began = time.perf_counter()
+        self._engine.model.hidden(self._taken(count), self.cache)
+        mx.eval(self.cache.arrays)  # the chunk's own logits are never computed
+        self._engine.pacer.note(count, time.perf_counter() - began)
+        self._tell()
+        return True
 
     @property
     def stats(self) -> GenerationStats:
         """What it cost so far."""
-        began, first, n = self._began, self._first_at, self._emitted
-        fed = len(self._prompt) - self._cached
-        return GenerationStats(
-            prompt_tokens=len(self._prompt),
-            cached_tokens=self._cached,
-            completion_tokens=n,
-            ttft_s=first - began if n else None,
-            prefill_tok_per_s=fed / (first - began) if n else None,
-            decode_tok_per_s=(n - 1) / (self._last_at - first) if n > 1 else None,
-            peak_memory_bytes=mx.get_peak_memory(),
-        )
+        return self._meter.stats
 
-    def _run(self) -> Generator[int, None, None]:
-        """Feed the prompt, then stay one step ahead until a reason to stop."""
-        logits = self._prefill()
-        first = ModelSteps(
-            self._engine.model,
-            self.cache,
-            rows=self._rows,
-            allowed=self._engine.allowed,
-            guide=self._guide,
-        )
-        token, ahead = first.choose(logits), None
-        compiled = None if self._guide else self._engine.steps(self.cache, self.sampling)
-        steps = compiled or first
-        if compiled:
-            first.let_go()  # its snapshot would turn every merge into a copy
-        try:
-            while True:
-                self._emitted += 1
-                full = self._emitted == self._limit
-                if not full and not steps.merges_next:
-                    ahead = steps.take(token)  # launched before the host waits for `token`
-                chosen = int(token)
-                self._note_time()
-                if self._guide is not None:
-                    self._guide.accept(chosen)
-                if chosen in self._stop:
-                    self.finish = Finish.STOP
-                elif full:
-                    self.finish = Finish.LENGTH
-                yield chosen
-                if self.finish:
-                    return
-                if ahead is None:  # guided; or one step in 128, with nothing in flight and no
-                    steps.let_go()  # snapshot held, so that long stores are merged in place
-                    ahead = steps.take(token)
-                token, ahead = ahead, None
-                steps.keep()
-        finally:
-            if ahead is not None:
-                self._engine.dropped.append(ahead)
-            steps.end()
-
-    def _prefill(self) -> mx.array:
-        """Feed what is left of the prompt; (1, V) logits after its last token."""
-        while self.feed():
-            pass
+    def _feed_last(self) -> None:
         logits = self._engine.model.next_logits(self._taken(len(self._left)), self.cache)
         mx.eval(logits, self.cache.arrays)
         self._tell()
-        return logits
+        self._token, self._steps = self._engine.begin(
+            logits, self.cache, sampling=self.sampling, guide=self._guide
+        )
+
+    def _prepare(self) -> bool:
+        """Get ready for a step; False where none is to be taken."""
+        if self._is_over or self._is_launched:
+            return False
+        self._is_launched = True
+        try:
+            while self.feed():
+                pass
+            if self._ahead is not None:
+                self._shift()
+            elif self._is_read and self._steps is not None:
+                self._steps.ready()
+        except Exception as error:
+            self._fault = error
+        return self._fault is None
+
+    def _shift(self) -> None:
+        """Go on to the token that was launched ahead; its step counts."""
+        if self._steps is not None and self._ahead is not None:
+            self._token, self._ahead, self._is_read = self._ahead, None, False
+            self._steps.keep()
+
+    @property
+    def _may_run_ahead(self) -> bool:
+        """Whether a step from the token to be read can be launched before it is."""
+        if self._fault is not None or self._steps is None or self._steps.waits:
+            return False
+        return self._meter.emitted + 1 < self._limit
+
+    def _read(self) -> int:
+        """Wait for the token that was launched."""
+        self._is_launched = False
+        if self._fault is not None:
+            try:
+                raise self._fault
+            finally:
+                self._fault = None  # or the error, its traceback and the cache hold each other
+        assert self._token is not None
+        chosen, self._is_read = int(self._token), True
+        self._meter.note_token()
+        if self._guide is not None:
+            self._guide.accept(chosen)
+        if chosen in self._stop:
+            self.finish = Finish.STOP
+        elif self._meter.emitted == self._limit:
+            self.finish = Finish.LENGTH
+        if self.finish:
+            self._end()
+        return chosen
+
+    def _end(self) -> None:
+        """Drop what is in flight and bring the cache to the last step that counts."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._engine.dropped.extend(a for a in (self._token, self._ahead) if a is not None)
+        if self._steps is not None:
+            self._steps.end()
+        self._steps = self._token = self._ahead = None
 
     def _chunk(self) -> int:
         """Tokens of the next chunk: to the next break, as many as the pacer says at most."""
@@ -316,10 +351,21 @@ class Generation(Iterator[int]):
         return mx.array([chunk], dtype=mx.int32)
 
     def _tell(self) -> None:
-        total = len(self._prompt) - self._cached
+        total = len(self._prompt) - self._meter.cached_tokens
         self._on_prefill(total - len(self._left), total)
 
-    def _note_time(self) -> None:
-        self._last_at = time.perf_counter()
-        if self._emitted == 1:
-            self._first_at = self._last_at
+
+def _take(kind: type[Kind], generations: Sequence[Generation]) -> None:
+    """Launch one more step of those generations whose steps are of a kind; they share a fault."""
+    rows = [(one, one._steps) for one in generations if isinstance(one._steps, kind)]
+    tokens = [one._token for one, _ in rows if one._token is not None]
+    if not rows:
+        return
+    try:
+        ahead = kind.take([steps for _, steps in rows], tokens)
+    except Exception as error:
+        for one, _ in rows:
+            one._fault = error
+        return
+    for (one, _), token in zip(rows, ahead, strict=True):
+        one._ahead = token

@@ -1,8 +1,10 @@
 """The thread that owns the model: it alone touches MLX, and it lets turns take turns.
 
-Several turns run at once, each with its own cache, token by token in a circle; a prompt counts
-chunk by chunk. They share the device's time fairly, but not its work: rows are not batched, so two
-turns at once take as long as one after the other, and each gives the tokens that it gives alone.
+Several turns run at once, each with its own cache. In every round all of those that write take one
+step together, which reads the weights once, and one of those that still read their prompt is fed
+one chunk: so no prompt, however long, holds the others up for more than that. A turn comes and goes
+between two rounds, waits outside while its reader does not keep up, and gives the tokens that it
+gives alone.
 
 MLX keeps a default stream for each thread, so even loading happens here.
 """
@@ -60,13 +62,18 @@ class Task:
 
 
 class _Running:
-    """A task at work."""
+    """A task at work.
+
+    Attributes:
+        reads: Its prompt is not fed yet.
+        fed_in: The last round in which it was fed a chunk.
+    """
 
     def __init__(self, task: Task, engine: Engine, prefixes: PrefixCache):
         self.task = task
         self.slot: Slot = prefixes.take(task.prompt, head=task.head)
         self._prefixes = prefixes
-        self._reading = True
+        self.reads, self.fed_in = True, 0
         self.turn = Turn(
             engine,
             task.prompt.tokens,
@@ -81,25 +88,26 @@ class _Running:
 
     @property
     def is_ready(self) -> bool:
-        return self.task.outbox.cancelled or not self.task.outbox.is_full
+        return not self.task.outbox.is_full
 
-    def advance(self) -> bool:
-        """Do one chunk of the prompt or one token; say whether more follows."""
-        outbox, turn = self.task.outbox, self.turn
-        if outbox.cancelled:
-            turn.generation.close()
-        elif self._reading:
-            self._reading = turn.generation.feed()
-            return True
-        else:
-            for event in turn.advance():
-                outbox.put(event)
-            if not turn.is_over:
-                return True
-        self.slot.note((*self.task.prompt.tokens, *turn.tokens))
+    def feed(self) -> bool:
+        """Feed one chunk of the prompt; whether the turn goes on, as in the methods below."""
+        self.reads = self.turn.generation.feed()
+        return True
+
+    def write(self) -> bool:
+        """Tell what the next token says."""
+        for event in self.turn.advance():
+            self.task.outbox.put(event)
+        return self.leave() if self.turn.is_over else True
+
+    def leave(self) -> bool:
+        """Give the cache back, and the reply of a turn that is over and not cancelled."""
+        self.turn.generation.close()
+        self.slot.note((*self.task.prompt.tokens, *self.turn.tokens))
         self._prefixes.give_back(self.slot)
-        if turn.is_over:
-            outbox.put(turn.reply())
+        if self.turn.is_over:
+            self.task.outbox.put(self.turn.reply())
         return False
 
     def _note_chunk(self, done: int, total: int) -> None:
@@ -139,6 +147,7 @@ class Owner:
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._waiting: deque[Task] = deque()
         self._running: list[_Running] = []
+        self._rounds = 0
         loaded: Future[None] = Future()
         # daemon: an app that forgets to close must still be able to end
         self._thread = threading.Thread(
@@ -195,7 +204,7 @@ class Owner:
             while not self._closed:
                 self._admit(engine)
                 self._receive()
-                self._advance_all()
+                self._go_round(engine)
         except BaseException as error:  # a fault of ours: nobody may wait for ever
             failure = error
         finally:
@@ -207,7 +216,7 @@ class Owner:
 
     def _receive(self) -> None:
         """Take what came; wait for something if there is nothing to do."""
-        idle = not any(running.is_ready for running in self._running)
+        idle = not any(r.is_ready or r.task.outbox.cancelled for r in self._running)
         with contextlib.suppress(Empty):
             item = self._inbox.get(block=idle)
             while True:
@@ -240,15 +249,29 @@ class Owner:
         self._prefixes.shrink(max(free, 0))
         return True
 
-    def _advance_all(self) -> None:
-        """Let every turn whose reader keeps up do one step."""
-        for running in [r for r in self._running if r.is_ready]:
-            try:
-                if running.advance():
-                    continue
-            except Exception as error:  # of this turn alone; its cache is dropped
-                running.task.outbox.put(error)
-            self._running.remove(running)
+    def _go_round(self, engine: Engine) -> None:
+        """One token of every turn that writes, one chunk of one prompt; see the module."""
+        self._rounds += 1
+        for running in [r for r in self._running if r.task.outbox.cancelled]:
+            self._advance(running, running.leave)
+        ready = [running for running in self._running if running.is_ready]
+        writing = [running for running in ready if not running.reads]
+        engine.launch([running.turn.generation for running in writing])
+        for running in writing:
+            self._advance(running, running.write)
+        reading = [running for running in ready if running.reads]
+        if reading:
+            next_one = min(reading, key=lambda running: running.fed_in)
+            next_one.fed_in = self._rounds
+            self._advance(next_one, next_one.feed)
+
+    def _advance(self, running: _Running, step: Callable[[], bool]) -> None:
+        try:
+            if step():
+                return
+        except Exception as error:  # of this turn alone; its cache is dropped
+            running.task.outbox.put(error)
+        self._running.remove(running)
 
     def _end(self, failure: BaseException) -> None:
         with self._lock:

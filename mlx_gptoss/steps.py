@@ -1,10 +1,12 @@
-"""How a generation takes its decode steps: through the model, or through the compiled kernels.
+"""How generations take their decode steps: through the model, or through the compiled kernels.
 
 Both start after the prompt, give each token from the one before without waiting for it, and can
-forget the last step taken, which is how the engine stays one step ahead of the host.
+forget the last step taken, which is how the engine stays one step ahead of the host. The steps of
+several generations are taken together; none depends on who else is there.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import mlx.core as mx
 
@@ -27,28 +29,35 @@ class Guide(Protocol):
 
 
 class Steps(Protocol):
-    """The steps of one generation.
-
-    Attributes:
-        merges_next: The next step merges recent keys and values into the long stores; with nothing
-            in flight, and after `let_go`, that happens in place. Also true of every guided step,
-            which cannot be taken before its token is known.
-    """
+    """The steps of one generation."""
 
     @property
-    def merges_next(self) -> bool:
-        """See above."""
+    def waits(self) -> bool:
+        """Whether the next step must not be taken before the host has its token.
+
+        So it is where a guide says what may come next; and where recent keys and values are merged
+        into the long stores, which with nothing in flight, after `ready`, happens in place.
+        """
         ...
 
-    def take(self, token: mx.array) -> mx.array:
-        """Feed `token`, (1,) int32, which may still be on its way; launch and return the next."""
+    @classmethod
+    def take(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> list[mx.array]:
+        """Take one step of each of several generations together, and launch it.
+
+        Args:
+            steps: Of the generations.
+            tokens: What to feed to each, (1,) int32, which may still be on its way.
+
+        Returns:
+            The next token of each, (1,) int32.
+        """
         ...
+
+    def ready(self) -> None:
+        """The token of a step that waits is known: hold no earlier state, see what may come."""
 
     def keep(self) -> None:
         """The step taken last counts: it can no longer be forgotten."""
-
-    def let_go(self) -> None:
-        """Hold no earlier state: the next step will not be forgotten."""
 
     def end(self) -> None:
         """Bring the cache to the last step kept."""
@@ -60,7 +69,7 @@ class ModelSteps:
     Args:
         model: The model.
         cache: Of the prompt; it is always up to date.
-        rows: How to sample.
+        sampling: With a seed.
         allowed: (V,) bool.
         guide: Narrows it, token by token.
     """
@@ -70,40 +79,53 @@ class ModelSteps:
         model: Model,
         cache: ModelCache,
         *,
-        rows: SamplingRows,
+        sampling: SamplingParams,
         allowed: mx.array,
         guide: Guide | None,
     ) -> None:
-        self._guide = guide
-        self._model, self._cache, self._rows, self._allowed = model, cache, rows, allowed
-        self._kept: ModelSnapshot | None = cache.snapshot()
+        self._model, self._cache, self._guide = model, cache, guide
+        self._rows = SamplingRows.pack([sampling])
+        self._every = self._allowed = allowed
+        self._kept: ModelSnapshot | None = None
+        self.ready()
 
     @property
-    def merges_next(self) -> bool:
+    def waits(self) -> bool:
         """See `Steps`."""
         return self._guide is not None or self._cache.merges_next
 
-    def take(self, token: mx.array) -> mx.array:
+    @classmethod
+    def take(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> list[mx.array]:
         """See `Steps`."""
-        return self.choose(self._model.next_logits(token[:, None], self._cache))
+        caches = [one._cache for one in steps]
+        logits = steps[0]._model.step_rows(mx.concatenate(list(tokens)), caches)
+        chosen = [
+            one._choose(row) for one, row in zip(steps, mx.split(logits, len(steps)), strict=True)
+        ]
+        mx.async_eval(chosen, [cache.arrays for cache in caches])
+        return chosen
 
-    def choose(self, logits: mx.array) -> mx.array:
-        """Sample the token at the cache's end from (1, V) and start computing it; (1,) int32."""
-        position = mx.array([self._cache.offset], dtype=mx.int32)
-        allowed = self._allowed
-        if self._guide is not None:
-            allowed = allowed & self._guide.allowed()
-        token = sample(logits, position, rows=self._rows, allowed=allowed)
-        mx.async_eval(token, self._cache.arrays)
+    def first(self, logits: mx.array) -> mx.array:
+        """Sample the token after the prompt from (1, V) and launch that; (1,) int32."""
+        token = self._choose(logits)
+        mx.async_eval(token)
+        self.keep()
         return token
+
+    def _choose(self, logits: mx.array) -> mx.array:
+        # Row by row: a row that sorts its logits may break ties otherwise than one that does not.
+        position = mx.array([self._cache.offset], dtype=mx.int32)
+        return sample(logits, position, rows=self._rows, allowed=self._allowed)
+
+    def ready(self) -> None:
+        """See `Steps`."""
+        self._kept = None
+        if self._guide is not None:
+            self._allowed = self._every & self._guide.allowed()
 
     def keep(self) -> None:
         """See `Steps`."""
         self._kept = self._cache.snapshot()
-
-    def let_go(self) -> None:
-        """See `Steps`."""
-        self._kept = None
 
     def end(self) -> None:
         """See `Steps`."""
@@ -131,12 +153,16 @@ class KernelSteps:
         return sampling.top_p >= 1 and sampling.top_k is None and not sampling.min_p
 
     @property
-    def merges_next(self) -> bool:
+    def waits(self) -> bool:
         """See `Steps`."""
         return self._decoding is not None and self._decoding.state.slot == ROWS
 
-    def take(self, token: mx.array) -> mx.array:
-        """See `Steps`; after the first step `token` must be the one returned last."""
+    @classmethod
+    def take(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> list[mx.array]:
+        """See `Steps`; after the first step a token must be the one returned last."""
+        return [one._take(token) for one, token in zip(steps, tokens, strict=True)]
+
+    def _take(self, token: mx.array) -> mx.array:
         if self._decoding is None:
             self._decoding = self._decoder.start(
                 self._cache,
@@ -147,11 +173,11 @@ class KernelSteps:
         self._kept = self._decoding.advance()
         return self._decoding.state.token
 
-    def keep(self) -> None:
+    def ready(self) -> None:
         """See `Steps`."""
         self._kept = None
 
-    def let_go(self) -> None:
+    def keep(self) -> None:
         """See `Steps`."""
         self._kept = None
 

@@ -7,6 +7,7 @@ tests that need a real process: terminals, pipes, Ctrl-C.
 import re
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,10 @@ class ScriptedModel:
         written, script = cache.offset - cache.prompt_length, tokens_of(self.script)
         token = script[min(written, len(script) - 1)]
         return mx.where(mx.arange(N_VOCAB) == token, 100.0, 0.0)[None]
+
+    def step_rows(self, tokens: mx.array, caches: Sequence[ScriptedCache]) -> mx.array:
+        rows = zip(tokens, caches, strict=True)
+        return mx.concatenate([self.next_logits(token[None, None], cache) for token, cache in rows])
 
 
 def install(script: str, *, step_s: float = 0.0) -> ScriptedModel:

@@ -2,89 +2,27 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hash_model import (
+    CONTEXT,
+    GREEDY,
+    PROMPT,
+    HashCache,
+    HashModel,
+    V,
+    assert_cache_holds,
+    engine,
+    greedy,
+)
 from weights import tiny_model
 
 from mlx_gptoss.cache import FullCache
 from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.errors import ContextLengthError
-from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.sampling import SamplingParams
-
-V, CONTEXT = 53, 400
-GREEDY = SamplingParams(temperature=0)
-PROMPT = [7, 1, 30, 2, 2, 51, 9, 44, 0, 13]
-
-
-class HashCache:
-    """Holds a running hash of the tokens fed: feeding one twice, or none, changes what follows."""
-
-    merge_every = 0  # tokens; 0 never merges
-
-    @property
-    def merges_next(self) -> bool:
-        return bool(self.merge_every) and self.offset % self.merge_every == 0
-
-    def __init__(self) -> None:
-        self.offset, self.state = 0, mx.array([1], dtype=mx.int32)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self.state]
-
-    def snapshot(self) -> tuple[int, mx.array]:
-        return self.offset, self.state
-
-    def restore(self, snapshot: tuple[int, mx.array]) -> None:
-        self.offset, self.state = snapshot
-
-
-class HashModel:
-    """The engine's view of a model; counts what it was fed and how far ahead of the host."""
-
-    def __init__(self) -> None:
-        self.config = SimpleNamespace(vocab_size=V, max_position_embeddings=CONTEXT)
-        self.kernels = all_definitions("a stand-in has none")
-        self.fed: list[int] = []  # tokens per call
-
-    def make_cache(self) -> HashCache:
-        return HashCache()
-
-    def hidden(self, tokens: mx.array, cache: HashCache) -> None:
-        self.fed.append(tokens.shape[1])
-        for i in range(tokens.shape[1]):
-            cache.state = (cache.state * 31 + tokens[:, i] + 1) % 9973
-        cache.offset += tokens.shape[1]
-
-    def next_logits(self, tokens: mx.array, cache: HashCache) -> mx.array:
-        self.hidden(tokens, cache)
-        distance = mx.abs(mx.arange(V)[None] - (cache.state % V)[:, None])
-        return -0.4 * distance.astype(mx.float32)
-
-
-def hash_of(tokens: Iterable[int]) -> int:
-    state = 1
-    for token in tokens:
-        state = (state * 31 + token + 1) % 9973
-    return state
-
-
-def greedy(prompt: Sequence[int], count: int) -> list[int]:
-    """What must come out, computed without an engine."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(hash_of(tokens) % V)
-    return tokens[len(prompt) :]
-
-
-def engine(model: HashModel | None = None, **options: Any) -> Engine:
-    return Engine(model or HashModel(), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 9, 10, 11, 512])
@@ -135,10 +73,6 @@ def test_a_stop_token_is_the_last_and_the_step_in_flight_is_dropped(chunk: int) 
     assert list(generation) == expected[:end]
     assert generation.finish is Finish.STOP
     assert_cache_holds(generation.cache, PROMPT + expected[: end - 1])
-
-
-def assert_cache_holds(cache: Any, tokens: list[int]) -> None:
-    assert (cache.offset, cache.state.item()) == (len(tokens), hash_of(tokens))
 
 
 def test_a_first_token_that_stops_leaves_the_prompt_in_the_cache() -> None:
@@ -354,12 +288,12 @@ def test_chunks_end_at_breaks_and_can_be_fed_one_by_one(chunk: int) -> None:
     )
     calls = 1
     while generation.feed():
+        assert len(offsets) == calls and sum(model.fed) == offsets[-1] < len(PROMPT)
         calls += 1
-        assert len(offsets) == calls - 1 and sum(model.fed) == offsets[-1]
-    assert {4, 9} <= set(offsets) and len(PROMPT) not in offsets
-    assert not generation.feed(), "the last chunk is left for the first token"
+    assert len(offsets) == calls and offsets[-1] == len(PROMPT) and {4, 9} <= set(offsets)
+    assert not generation.feed() and sum(model.fed) == len(PROMPT), "nothing is fed twice"
     assert list(generation) == greedy(PROMPT, 3)
-    assert max(model.fed) <= chunk and offsets[-1] == len(PROMPT)
+    assert max(model.fed) <= chunk
 
 
 def test_generations_take_turns_token_by_token() -> None:

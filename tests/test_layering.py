@@ -22,7 +22,7 @@ LAYERS = [
     ["model", "unpack"],
     ["decode"],
     ["demo", "hub"],
-    ["steps", "dispatches"],
+    ["steps", "dispatches", "generation_stats"],
     ["engine"],
     ["library", "model_info"],
     ["harmony", "plan", "transcripts", "routes", "kernel_faults"],

@@ -8,7 +8,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,10 +295,10 @@ def test_a_fault_of_the_owner_reaches_every_reader(monkeypatch: pytest.MonkeyPat
     runtime, _ = open_scripted(LONG)
     stream = runtime.stream("Hi", sampling=GREEDY)
 
-    def broken(self: Owner) -> None:
+    def broken(self: Owner, engine: Any) -> None:
         raise MemoryError("out of it")
 
-    monkeypatch.setattr(Owner, "_advance_all", broken)
+    monkeypatch.setattr(Owner, "_go_round", broken)
     with pytest.raises(MemoryError, match="out of it"):
         list(stream)
     with pytest.raises(RuntimeClosedError):
@@ -441,6 +441,9 @@ class FoldedModel:
 
     def next_logits(self, tokens: mx.array, cache: ModelCache) -> mx.array:
         return self._model.next_logits(tokens % 1024, cache)[:, self._ids]
+
+    def step_rows(self, tokens: mx.array, caches: Sequence[ModelCache]) -> mx.array:
+        return self._model.step_rows(tokens % 1024, caches)[:, self._ids]
 
 
 def rss_bytes() -> int:

@@ -1,5 +1,6 @@
 """The engine gives the same tokens and leaves the same cache whichever way it takes its steps."""
 
+import weakref
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -97,18 +98,18 @@ def test_other_ways_to_sample_take_the_models_own_steps() -> None:
 
 def test_no_snapshot_is_held_beside_the_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would hold the long stores, and every merge would copy them."""
-    made: list[ModelSteps] = []
-    choose = ModelSteps.choose
+    kept = []
+    keep = ModelSteps.keep
 
-    def noted(self: ModelSteps, logits: mx.array) -> mx.array:
-        made.append(self)
-        return choose(self, logits)
+    def noted(self: ModelSteps) -> None:
+        keep(self)
+        kept.append(weakref.ref(self))
 
-    monkeypatch.setattr(ModelSteps, "choose", noted)
+    monkeypatch.setattr(ModelSteps, "keep", noted)
     generation = engine(definitions_as_kernels()).generate(PROMPT, sampling=SAMPLINGS[0])
     next(generation)
     next(generation)
-    assert [steps._kept for steps in made] == [None]
+    assert [steps() for steps in kept] == [None]
     generation.close()
 
 
