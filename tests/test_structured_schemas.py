@@ -1,0 +1,84 @@
+"""200 random schemas: whatever a grammar lets through, an independent validator finds valid."""
+
+import numpy as np
+import pytest
+from json_schemas import (
+    COMPACT,
+    COUNT,
+    QUESTION,
+    Schema,
+    mistakes,
+    options,
+    random_schema,
+    sampled,
+    streamed,
+)
+
+from mlx_gptoss.demo import demo_model_path
+from mlx_gptoss.harmony import FinishReason, ResponseFormat
+from mlx_gptoss.model import load_model
+from mlx_gptoss.rules import TurnRules
+from mlx_gptoss.runtime import Runtime
+from mlx_gptoss.structured import Guide
+from mlx_gptoss.turn import harmony_engine
+from mlx_gptoss.vocabulary import Special, load_vocabulary
+
+BATCHES = 8
+MOST = 300  # tokens of a drawn answer
+DEMO_SEEDS = [0, 2, 4, 8, 10, 13, 17, 20]  # answered in few tokens
+
+
+def drawn_answer(schema: Schema, *, seed: int) -> str | None:
+    """An answer of tokens drawn evenly from those allowed; None if it does not come to an end."""
+    rules = TurnRules(
+        answers=ResponseFormat(name="thing", schema=schema), calls={}, must_call=False
+    )
+    guide, rng = Guide(rules), np.random.default_rng(seed)
+    for token in load_vocabulary().encoding.encode(HEADER, allowed_special="all"):
+        guide.accept(token)
+    tokens: list[int] = []
+    while len(tokens) < MOST:
+        ids = np.flatnonzero(np.array(guide.allowed()))
+        token = int(ids[rng.integers(ids.size)])
+        if token == Special.RETURN:
+            return load_vocabulary().decode(tokens)
+        guide.accept(token)
+        tokens.append(token)
+    return None
+
+
+HEADER = "<|channel|>final <|constrain|>json<|message|>"
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_every_answer_that_can_be_drawn_is_valid(batch: int) -> None:
+    ended = 0
+    for seed in range(batch, COUNT, BATCHES):
+        schema = random_schema(seed)
+        text = drawn_answer(schema, seed=seed)
+        if text is not None:
+            assert not mistakes(schema, text), f"seed {seed}: {text!r}"
+            ended += 1
+    assert ended >= 0.85 * COUNT / BATCHES
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory):
+    """The demo in float32, which x86-64 multiplies faster; no cache, so that nothing rounds."""
+    folder = demo_model_path(tmp_path_factory.mktemp("store"))
+    with Runtime(
+        lambda: harmony_engine(load_model(folder, kernels="off", dtype="float32")), cache_bytes=0
+    ) as runtime:
+        yield runtime
+
+
+@pytest.mark.parametrize("seed", DEMO_SEEDS)
+def test_the_demo_answers_by_the_schema_streamed_or_not(demo: Runtime, seed: int) -> None:
+    """`benchmarks/schemas.py` asks for all 200."""
+    schema = random_schema(seed) | COMPACT
+    reply = streamed(demo, schema, seed=seed, max_tokens=100)
+    assert reply.finish_reason is FinishReason.STOP
+    assert not mistakes(schema, reply.text)
+    if seed % 4 == 0 and reply.usage.completion_tokens < 25:
+        again = demo.respond(QUESTION, **options(schema, seed=seed, max_tokens=100))
+        assert (again.text, sampled(again)) == (reply.text, sampled(reply))
