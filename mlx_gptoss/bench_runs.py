@@ -142,7 +142,8 @@ class OurRunner:
         for _ in range(count):
             decoding.advance()
             yield decoding.state.token
-        decoding.finish(decoding.state)
+        decoding.keep()
+        decoding.finish()
 
 
 class PeerRunner:

@@ -7,17 +7,24 @@ advances, the token is sampled on the device.
 
 Keys and values: `frozen` segments are only read; the step returns new `append` segments of `ROWS`
 rows, so MLX never copies more than those while a step is in flight. When they are full, `Decoding`
-merges them into the cache. A step computed ahead is dropped by keeping the state before it.
+merges them into the cache. A step computed ahead is dropped by going on from the state before it.
+
+A batch is any generations, each with its own cache: the weights are read once for all rows, and
+each attends over its own frozen segments. The rows of a batch depend on nothing but themselves.
 """
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_gptoss.cache import FullCache, ModelCache, Segment
 from mlx_gptoss.config import FULL
+from mlx_gptoss.decode_state import DecodeState, StepArrays, joined
+from mlx_gptoss.errors import CacheError
 from mlx_gptoss.kernels.attention import splits_for
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
@@ -26,31 +33,9 @@ from mlx_gptoss.model import Model
 ROWS = 128  # of an append segment: 0.25% of a token's bytes are copied, one merge in 128 tokens
 CONTROL = 8  # columns: position, base, slot, seed low, seed high; 8 make MLX pass a device pointer
 
+MOST_TRACES = 64  # of one compiled function, which keeps them all: one for each set of shapes
+
 Weights = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DecodeState:
-    """What one step leaves for the next.
-
-    Attributes:
-        token: (B,) int32, sampled, not yet fed.
-        control: (B, 8) int32.
-        logprob: (B,) float32 of `token`, at temperature 1.
-        append: keys and values since the last merge, (B, Hkv, ROWS, 64) each, per layer.
-        slot: rows of `append` in use.
-    """
-
-    token: mx.array
-    control: mx.array
-    logprob: mx.array
-    append: list[Segment]
-    slot: int
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What to evaluate, and to keep until a later step has been waited for."""
-        return [self.token, self.control, self.logprob, *(a for pair in self.append for a in pair)]
 
 
 class Decoder:
@@ -66,12 +51,13 @@ class Decoder:
     def __init__(self, model: Model, *, kernels: KernelSet, allowed: mx.array):
         self.model, self.kernels = model, kernels
         self.weights = _weights(model, allowed.astype(mx.uint8))
-        self.traces = 0
+        self.traces = self._forgotten = 0
         self._compiled = mx.compile(self.step)
+        self._together: weakref.WeakSet[Decoding] = weakref.WeakSet()  # of the last step
 
     def step(
         self,
-        frozen: list[Segment],
+        frozen: list[list[Segment]],
         append: list[Segment],
         token: mx.array,
         control: mx.array,
@@ -81,8 +67,9 @@ class Decoder:
         """Feed one token a row and sample the next: what `mx.compile` traces.
 
         Args:
-            frozen: keys and values of each layer: (B, Hkv, C, 64), or a ring (B, Hkv, W, 64).
-            append: see `DecodeState`.
+            frozen: for each cache, keys and values of each layer: (R, Hkv, C, 64), or a ring
+                (R, Hkv, W, 64), of its R of the B rows, and of its own C.
+            append: see `StepArrays`.
             token: (B,) int32.
             control: (B, 8) int32.
             temperature: (B, 8) float32 in column 0; 0 is greedy.
@@ -94,6 +81,8 @@ class Decoder:
         self.traces += 1
         k, c, model = self.kernels, self.model.config, self.model
         eps, rope = c.rms_norm_eps, weights["rope"]
+        ends = accumulate(layers[0][0].shape[0] for layers in frozen)
+        spans = [slice(end - f[0][0].shape[0], end) for f, end in zip(frozen, ends, strict=True)]
         x = k.embed(
             token,
             _joined(model.embedding, weights["embedding"]),
@@ -109,8 +98,18 @@ class Decoder:
                 x, layer["norm"], projections, rope, control=control, append=append[n], eps=eps
             )
             appended.append(recent)
-            mixed = self._attend(kind, q, frozen[n], recent, layer["sinks"], control)
-            x = k.out_residual(mixed, _joined(attention.out, layer["out"]), x)
+            mixed = [
+                self._attend(
+                    kind,
+                    q[rows],
+                    layers[n],
+                    (recent[0][rows], recent[1][rows]),
+                    layer["sinks"],
+                    control[rows],
+                )
+                for layers, rows in zip(frozen, spans, strict=True)
+            ]
+            x = k.out_residual(mx.concatenate(mixed), _joined(attention.out, layer["out"]), x)
             y, logits = k.route(x, layer["moe_norm"], _joined(moe.router, layer["router"]), eps=eps)
             h = k.experts_swiglu(
                 y,
@@ -166,18 +165,59 @@ class Decoder:
 
         Args:
             cache: holds the prompt but for its last token, without padding; `Decoding` extends it.
-            token: (B,) int32, the token to feed first.
+            token: (R,) int32, the token to feed first to each row of the cache.
             temperatures: of each row; 0 is greedy.
             seeds: of each row's noise, in [0, 2**64).
+
+        Raises:
+            CacheError: rows of the cache are padded.
         """
         return Decoding(self, cache, token, temperatures=temperatures, seeds=seeds)
 
+    def advance(self, decodings: Sequence["Decoding"]) -> None:
+        """Launch the next step of several generations together; each can still drop it.
+
+        Args:
+            decodings: different ones, of this decoder; they may be others in every step.
+        """
+        if self.traces - self._forgotten >= MOST_TRACES:
+            self._compiled, self._forgotten = mx.compile(self.step), self.traces
+        # Batches that differ in order alone would be traced anew.
+        decodings = sorted(decodings, key=lambda one: one.capacity)
+        for one in decodings:
+            one.make_room()
+        for left in self._together - set(decodings):
+            left.stand_alone()
+        self._together = weakref.WeakSet(decodings)
+        batch = joined([one.state for one in decodings])
+        token, control, logprob, append = self._compiled(
+            [one.frozen for one in decodings],
+            batch.append,
+            batch.token,
+            batch.control,
+            batch.temperature,
+            self.weights,
+        )
+        after = StepArrays(
+            token=token,
+            control=control,
+            logprob=logprob,
+            temperature=batch.temperature,
+            append=append,
+        )
+        first = 0
+        for one in decodings:
+            one.step_to(after, first)
+            first += one.state.count
+        mx.async_eval(after.arrays, [one.state.token for one in decodings])
+
 
 class Decoding:
-    """One generation: states, and the frozen segments they build on.
+    """One generation: its newest state, and the frozen segments that it builds on.
 
     Attributes:
         state: the newest state; its token is not fed yet.
+        frozen: keys and values of each layer up to the last merge.
     """
 
     def __init__(
@@ -189,69 +229,79 @@ class Decoding:
         temperatures: Sequence[float],
         seeds: Sequence[int],
     ):
+        if cache.start is not None:
+            raise CacheError(
+                f"cache: expected rows without padding, got {list(cache.left_padding)} tokens of "
+                "it; the compiled step takes rows of any length, each with a cache of its own"
+            )
         self._decoder, self._cache = decoder, cache
-        c, batch = decoder.model.config, token.size
-        self._frozen = _frozen(cache)
+        self._previous: DecodeState | None = None
+        c, count = decoder.model.config, token.size
+        self.frozen = _frozen(cache)
         rows = [[cache.offset, cache.offset, 0, *_words(seed), 0, 0, 0] for seed in seeds]
-        self._temperature = mx.array([[t, 0, 0, 0, 0, 0, 0, 0] for t in temperatures], mx.float32)
-        shape = (batch, c.num_key_value_heads, ROWS, c.head_dim)
+        shape = (count, c.num_key_value_heads, ROWS, c.head_dim)
         dtype = decoder.model.dtype
-        self.state = DecodeState(
+        step = StepArrays(
             token=token.astype(mx.int32),
             control=mx.array(rows, dtype=mx.int32),
-            logprob=mx.zeros((batch,)),
+            logprob=mx.zeros((count,)),
+            temperature=mx.array([[t, 0, 0, 0, 0, 0, 0, 0] for t in temperatures], mx.float32),
             append=[(mx.zeros(shape, dtype), mx.zeros(shape, dtype)) for _ in c.layer_types],
-            slot=0,
         )
-        mx.eval(self.state.arrays)
+        self.state = DecodeState.of(step, first=0, count=count, slot=0)
+        mx.eval(step.arrays)
 
-    def advance(self) -> DecodeState:
-        """Launch the next step and return the state it began from, in case it must be dropped."""
+    @property
+    def capacity(self) -> int:
+        """Positions of the longest frozen segment."""
+        return max(keys.shape[2] for keys, _ in self.frozen)
+
+    def advance(self) -> None:
+        """Launch the next step of this generation alone."""
+        self._decoder.advance([self])
+
+    def step_to(self, step: StepArrays, first: int) -> None:
+        """Go on to this generation's rows of a step, and keep the state before it."""
+        before = self._previous = self.state
+        self.state = DecodeState.of(step, first=first, count=before.count, slot=before.slot + 1)
+
+    def keep(self) -> None:
+        """The last step counts: it can no longer be dropped."""
+        self._previous = None
+
+    def finish(self) -> None:
+        """Drop the last step unless it was kept, and bring the cache to the state before it.
+
+        The cache then holds every token fed before that state, and not the state's own.
+        """
+        self.state = self._previous or self.state
+        self._merge()
+        self.frozen = []
+
+    def make_room(self) -> None:
+        """Merge if the append segments are full, after everything in flight is done."""
         if self.state.slot == ROWS:
             self._merge()
-        state, decoder = self.state, self._decoder
-        token, control, logprob, append = decoder._compiled(
-            self._frozen,
-            state.append,
-            state.token,
-            state.control,
-            self._temperature,
-            decoder.weights,
-        )
-        self.state = DecodeState(token, control, logprob, append, state.slot + 1)
-        mx.async_eval(self.state.arrays)
-        return state
 
-    def finish(self, state: DecodeState) -> None:
-        """Bring the cache to a state: every token fed before it, and not its own.
-
-        Args:
-            state: the newest one, or the one that the last `advance` returned.
-        """
-        self.state = state
-        self._merge()
+    def stand_alone(self) -> None:
+        """Let go of the arrays of a batch that goes on without this generation."""
+        self.state = self.state.copied()
+        self._previous = self._previous and self._previous.copied()
 
     def _merge(self) -> None:
-        """Move the append rows into the cache, after everything in flight is done."""
-        state = self.state
+        """Move the append rows into the cache."""
+        slot, count, rows = self.state.slot, self.state.count, self.state.rows
         mx.synchronize()  # a buffer that a step still reads would be copied instead of reused
-        self._frozen = []
-        if state.slot:
-            for layer, (keys, values) in zip(self._cache, state.append, strict=True):
-                layer.extend(keys[:, :, : state.slot], values[:, :, : state.slot])
+        self.frozen = []
+        if slot:
+            for layer, (keys, values) in zip(self._cache, rows.append, strict=True):
+                layer.extend(keys[:, :, :slot], values[:, :, :slot])
                 mx.eval(layer.arrays)  # one layer at a time: at most one buffer is copied
-        self._frozen = _frozen(self._cache)
-        control = mx.concatenate(
-            [
-                state.control[:, :1],
-                state.control[:, :1],
-                mx.zeros_like(state.control[:, :1]),
-                state.control[:, 3:],
-            ],
-            axis=1,
-        )
-        self.state = replace(state, control=control, slot=0)
-        mx.eval(self.state.control)
+        self.frozen = _frozen(self._cache)
+        position, rest = rows.control[:, :1], rows.control[:, 3:]
+        control = mx.concatenate([position, position, mx.zeros_like(position), rest], axis=1)
+        self.state = DecodeState.of(replace(rows, control=control), first=0, count=count, slot=0)
+        mx.eval(control)
 
 
 def _frozen(cache: ModelCache) -> list[Segment]:

@@ -90,7 +90,7 @@ def step_arguments(decoder: Decoder, *, batch: int, capacity: int) -> tuple[Any,
 
     Args:
         decoder: whose step it is.
-        batch: rows.
+        batch: rows, of one cache.
         capacity: positions of the full layers' stores.
     """
     c, dtype = decoder.model.config, decoder.model.dtype
@@ -102,7 +102,7 @@ def step_arguments(decoder: Decoder, *, batch: int, capacity: int) -> tuple[Any,
     frozen = [segment(capacity if kind == FULL else c.sliding_window) for kind in c.layer_types]
     append = [segment(ROWS) for _ in c.layer_types]
     token, control = mx.zeros((batch,), mx.int32), mx.zeros((batch, CONTROL), mx.int32)
-    return frozen, append, token, control, mx.zeros((batch, CONTROL)), decoder.weights
+    return [frozen], append, token, control, mx.zeros((batch, CONTROL)), decoder.weights
 
 
 def count_step(decoder: Decoder, *, batch: int, capacity: int) -> Counted:

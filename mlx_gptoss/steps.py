@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import mlx.core as mx
 
 from mlx_gptoss.cache import ModelCache, ModelSnapshot
-from mlx_gptoss.decode import ROWS, Decoder, DecodeState, Decoding
+from mlx_gptoss.decode import ROWS, Decoder, Decoding
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
 
@@ -145,7 +145,6 @@ class KernelSteps:
     def __init__(self, decoder: Decoder, cache: ModelCache, *, sampling: SamplingParams) -> None:
         self._decoder, self._cache, self._sampling = decoder, cache, sampling
         self._decoding: Decoding | None = None
-        self._kept: DecodeState | None = None
 
     @staticmethod
     def can_sample(sampling: SamplingParams) -> bool:
@@ -160,9 +159,11 @@ class KernelSteps:
     @classmethod
     def take(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> list[mx.array]:
         """See `Steps`; after the first step a token must be the one returned last."""
-        return [one._take(token) for one, token in zip(steps, tokens, strict=True)]
+        decodings = [one._begun(token) for one, token in zip(steps, tokens, strict=True)]
+        steps[0]._decoder.advance(decodings)
+        return [decoding.state.token for decoding in decodings]
 
-    def _take(self, token: mx.array) -> mx.array:
+    def _begun(self, token: mx.array) -> Decoding:
         if self._decoding is None:
             self._decoding = self._decoder.start(
                 self._cache,
@@ -170,18 +171,17 @@ class KernelSteps:
                 temperatures=[self._sampling.temperature],
                 seeds=[self._sampling.seed or 0],
             )
-        self._kept = self._decoding.advance()
-        return self._decoding.state.token
+        return self._decoding
 
     def ready(self) -> None:
         """See `Steps`."""
-        self._kept = None
 
     def keep(self) -> None:
         """See `Steps`."""
-        self._kept = None
+        if self._decoding is not None:
+            self._decoding.keep()
 
     def end(self) -> None:
         """See `Steps`."""
         if self._decoding is not None:
-            self._decoding.finish(self._kept or self._decoding.state)
+            self._decoding.finish()

@@ -18,7 +18,7 @@ LAYERS = [
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache", "machine"],
     ["reference", "sampling"],
     ["convert", "kernels", "cache"],
-    ["attention", "moe"],
+    ["attention", "moe", "decode_state"],
     ["model", "unpack"],
     ["decode"],
     ["demo", "hub"],

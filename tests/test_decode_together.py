@@ -1,0 +1,220 @@
+"""Generations that share compiled steps: each has the tokens and the cache that it has alone.
+
+They come and go, merge at different times, drop steps, and have caches of different length.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import TinyShape
+from weights import tiny_model
+
+from mlx_gptoss import decode
+from mlx_gptoss.cache import ModelCache
+from mlx_gptoss.decode import ROWS, Decoder, Decoding
+from mlx_gptoss.engine import Engine
+from mlx_gptoss.errors import CacheError
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import KernelSet, all_definitions, all_kernels
+from mlx_gptoss.metal.emulator import emulate
+from mlx_gptoss.model import Model
+from mlx_gptoss.sampling import SamplingParams
+
+VOCAB = 320
+SAMPLINGS = [
+    SamplingParams(temperature=0, seed=0),
+    SamplingParams(temperature=0.9, seed=2**40 + 7),
+    SamplingParams(temperature=1.3, seed=11),
+]
+LENGTHS = [3, 250, 130]  # capacities of 256, 256 and 512 after a while
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model(
+        TinyShape(
+            layers=2, hidden=96, inter=32, q_heads=8, kv_heads=2, experts=8, chosen=3, vocab=VOCAB
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """Without `mx.compile`: the CPU's compiler takes a second for each fused operation."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def decoder_of(model: Model, kernels: KernelSet | None = None) -> Decoder:
+    kernels = kernels or all_definitions("the definitions are tested here")
+    return Decoder(model, kernels=kernels, allowed=mx.ones((VOCAB,), mx.uint8))
+
+
+@dataclass
+class Row:
+    """One generation and what it wrote."""
+
+    decoding: Decoding
+    cache: ModelCache
+    tokens: list[int] = field(default_factory=list)
+
+
+def started(decoder: Decoder, place: int) -> Row:
+    prompt = np.random.default_rng(place).integers(0, VOCAB, LENGTHS[place]).tolist()
+    cache, sampling = decoder.model.make_cache(), SAMPLINGS[place]
+    if len(prompt) > 1:
+        decoder.model.hidden(mx.array([prompt[:-1]]), cache)
+    decoding = decoder.start(
+        cache,
+        mx.array(prompt[-1:], dtype=mx.int32),
+        temperatures=[sampling.temperature],
+        seeds=[sampling.seed or 0],
+    )
+    return Row(decoding, cache)
+
+
+def step(decoder: Decoder, rows: list[Row]) -> None:
+    """One step that counts."""
+    decoder.advance([row.decoding for row in rows])
+    for row in rows:
+        row.decoding.keep()
+        row.tokens.append(int(row.decoding.state.token))
+
+
+def ended(row: Row) -> list[mx.array]:
+    """The cache after the end, but for the room that stores keep."""
+    row.decoding.finish()
+    nothing = mx.zeros((1, 2, 1, 64))
+    return [array for layer in row.cache for array in layer.extend(nothing, nothing)]
+
+
+def alone(model: Model, place: int, count: int) -> tuple[list[int], list[mx.array]]:
+    decoder = decoder_of(model)
+    row = started(decoder, place)
+    for _ in range(count):
+        step(decoder, [row])
+    return row.tokens, ended(row)
+
+
+def assert_as_alone(model: Model, place: int, row: Row) -> None:
+    tokens, kept = alone(model, place, len(row.tokens))
+    assert row.tokens == tokens, place
+    for layer, (got, expected) in enumerate(zip(ended(row), kept, strict=True)):
+        assert mx.array_equal(got, expected), f"row {place}, array {layer}"
+
+
+def test_rows_come_go_and_merge_at_their_own_times(model: Model) -> None:
+    """Row 1 joins 9 steps late, row 2 is absent for a while; all merge, in different steps."""
+    decoder, merges = decoder_of(model), []
+    rows = [started(decoder, place) for place in range(3)]
+    for at in range(ROWS + 24):
+        present = [rows[0], *([rows[1]] if at >= 9 else []), *([rows[2]] if at % 50 < 45 else [])]
+        merges += [(at, rows.index(r)) for r in present if r.decoding.state.slot == ROWS]
+        step(decoder, present)
+    assert [place for _, place in merges] == [0, 1, 2] and len({at for at, _ in merges}) == 3
+    assert [len(row.tokens) for row in rows] == [152, 143, 137]
+    for place, row in enumerate(rows):
+        assert_as_alone(model, place, row)
+
+
+def test_a_dropped_step_is_the_generations_own(model: Model) -> None:
+    """One drops the step that all took, and ends; the others' counts."""
+    decoder = decoder_of(model)
+    rows = [started(decoder, place) for place in range(3)]
+    for _ in range(20):
+        step(decoder, rows)
+    decoder.advance([row.decoding for row in rows])
+    assert_as_alone(model, 1, rows[1])
+    for row in (rows[0], rows[2]):
+        row.decoding.keep()
+        row.tokens.append(int(row.decoding.state.token))
+    for _ in range(4):
+        step(decoder, [rows[2], rows[0]])
+    for place in (0, 2):
+        assert_as_alone(model, place, rows[place])
+
+
+def test_a_generation_that_stays_behind_holds_no_other_rows(model: Model) -> None:
+    decoder = decoder_of(model)
+    rows = [started(decoder, place) for place in range(3)]
+    step(decoder, rows)
+    decoder.advance([row.decoding for row in rows])
+    batch = weakref.ref(rows[1].decoding.state.step)
+    assert batch() is rows[0].decoding.state.step
+    step(decoder, rows[:1])
+    step(decoder, rows[:1])
+    gc.collect()
+    assert batch() is None, "two generations wait, with a step that they can still drop"
+    assert rows[1].decoding.state.step.token.shape == (1,)
+    assert_as_alone(model, 1, rows[1])
+
+
+def test_traces_are_not_kept_for_ever(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(model)
+    monkeypatch.setattr(decode, "MOST_TRACES", 3)
+    row, compiled = started(decoder, 0), []
+    for _ in range(7):
+        step(decoder, [row])
+        compiled.append(decoder._compiled)
+    assert len({id(function) for function in compiled}) == 3
+    assert_as_alone(model, 0, row)
+
+
+def test_padded_rows_are_refused(model: Model) -> None:
+    """They attended to their padding: the kernels know nothing of it."""
+    cache = model.make_cache(2, left_padding=[0, 3])
+    model.hidden(mx.array([[5, 6, 7, 8], [0, 0, 0, 9]]), cache)
+    with pytest.raises(CacheError, match=r"expected rows without padding, got \[0, 3\] tokens"):
+        decoder_of(model).start(cache, mx.array([1, 2]), temperatures=[0, 0], seeds=[0, 0])
+
+
+def test_emulated_kernels_step_together(model: Model) -> None:
+    """Rows at other places of their windows, one of them past it; one leaves."""
+    with emulate(mode="plain"):
+        decoder = decoder_of(model, all_kernels())
+        rows = [started(decoder, place) for place in range(3)]
+        for at in range(5):
+            step(decoder, rows if at < 3 else rows[1:])
+        for place, row in enumerate(rows):
+            lone = started(decoder, place)
+            for _ in row.tokens:
+                step(decoder, [lone])
+            assert lone.tokens == row.tokens, place
+            for got, expected in zip(ended(row), ended(lone), strict=True):
+                assert mx.array_equal(got, expected), place
+    for place, row in enumerate(rows):
+        assert row.tokens == alone(model, place, len(row.tokens))[0], place
+
+
+def test_an_engine_steps_kernels_and_plain_turns_in_one_round(model: Model) -> None:
+    """Turns by kernels, and one that they cannot sample, together as alone."""
+    by_kernels = copy(model)
+    by_kernels.kernels = KernelSet({stem: k.define for stem, k in KERNELS.items()}, {})
+    samplings = [*SAMPLINGS, SamplingParams(top_k=9, seed=3)]
+    prompts = [np.random.default_rng(9 + n).integers(0, VOCAB, 30 + n).tolist() for n in range(4)]
+    counts = [12, 30, ROWS + 9, 21]
+
+    def generations(engine: Engine) -> list[Any]:
+        return [
+            engine.generate(prompt, sampling=sampling, max_tokens=count)
+            for prompt, sampling, count in zip(prompts, samplings, counts, strict=True)
+        ]
+
+    engine = Engine(by_kernels)
+    together = generations(engine)
+    taken: list[list[int]] = [[], [], [], []]
+    while any(one.finish is None for one in together):
+        engine.launch(together)
+        for place, one in enumerate(together):
+            taken[place] += [token for token in [next(one, None)] if token is not None]
+    assert taken == [list(one) for one in generations(Engine(by_kernels))]
+    assert [len(tokens) for tokens in taken] == counts
+    assert engine._decoder is not None and engine._decoder.traces < max(counts) + 6
