@@ -219,7 +219,8 @@ class PeerRunner:
 
 
 def named_arrays(model: Model) -> dict[str, mx.array]:
-    """The weights of a model under the names of `checkpoint.expected_tensors`."""
+    """The weights of a model under the names of `checkpoint.expected_tensors`, all in memory."""
+    assert isinstance(model.embedding, Matrix)
     arrays = {"model.norm.weight": model.norm}
     arrays |= _matrix("model.embed_tokens", model.embedding)
     arrays |= _matrix("lm_head", model.unembedding)

@@ -51,6 +51,8 @@ class Decoder:
     def __init__(self, model: Model, *, kernels: KernelSet, allowed: mx.array):
         self.model, self.kernels = model, kernels
         self.weights = _weights(model, allowed.astype(mx.uint8))
+        table = model.embedding
+        self._table = table if isinstance(table, Matrix) else table.rows(mx.array([0]))
         self.traces = self._forgotten = 0
         self._compiled = mx.compile(self.step)
         self._together: weakref.WeakSet[Decoding] = weakref.WeakSet()  # of the last step
@@ -70,7 +72,7 @@ class Decoder:
             frozen: for each cache, keys and values of each layer: (R, Hkv, C, 64), or a ring
                 (R, Hkv, W, 64), of its R of the B rows, and of its own C.
             append: see `StepArrays`.
-            token: (B,) int32.
+            token: (B,) int32, rows of the embedding in `weights`.
             control: (B, 8) int32.
             temperature: (B, 8) float32 in column 0; 0 is greedy.
             weights: as `Decoder.weights`.
@@ -85,7 +87,7 @@ class Decoder:
         spans = [slice(end - f[0][0].shape[0], end) for f, end in zip(frozen, ends, strict=True)]
         x = k.embed(
             token,
-            _joined(model.embedding, weights["embedding"]),
+            _joined(self._table, weights["embedding"]),
             width=c.hidden_size,
             dtype=model.dtype,
         )
@@ -153,6 +155,14 @@ class Decoder:
         )
         return k.attention_reduce(sums, ends, sinks, dtype=q.dtype)
 
+    def _fed(self, token: mx.array) -> tuple[mx.array, Weights]:
+        """Which rows of which embedding a step reads: of the whole, or of one made for it."""
+        table = self.model.embedding
+        if isinstance(table, Matrix):
+            return token, self.weights
+        rows = _arrays(table.rows(token))
+        return mx.arange(token.size, dtype=mx.int32), self.weights | {"embedding": rows}
+
     def start(
         self,
         cache: ModelCache,
@@ -190,13 +200,14 @@ class Decoder:
             left.stand_alone()
         self._together = weakref.WeakSet(decodings)
         batch = joined([one.state for one in decodings])
+        fed, weights = self._fed(batch.token)
         token, control, logprob, append = self._compiled(
             [one.frozen for one in decodings],
             batch.append,
-            batch.token,
+            fed,
             batch.control,
             batch.temperature,
-            self.weights,
+            weights,
         )
         after = StepArrays(
             token=token,
@@ -336,8 +347,9 @@ def _weights(model: Model, allowed: mx.array) -> Weights:
         layers.append(layer)
     rope = (model.rope.coarse, model.rope.fine)
     mx.eval(rope, allowed)
+    table = model.embedding
     return {
-        "embedding": _arrays(model.embedding),
+        "embedding": _arrays(table) if isinstance(table, Matrix) else {},
         "layers": layers,
         "norm": model.norm,
         "unembedding": _arrays(model.unembedding),

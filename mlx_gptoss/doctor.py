@@ -20,9 +20,10 @@ from mlx_gptoss._version import __version__
 from mlx_gptoss.chips import GIB
 from mlx_gptoss.config import GPT_OSS_20B
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.fitting import Verdict, judge
 from mlx_gptoss.library import kernel_record, model_store
 from mlx_gptoss.machine import Machine
-from mlx_gptoss.plan import MemoryPlan, Verdict, dense_quantization, judge
+from mlx_gptoss.plan import MemoryPlan, dense_quantization
 
 OLDEST_MACOS = (14, 0)  # MLX publishes no Metal build for older ones
 MATRIX_UNITS_MACOS = (26, 2)

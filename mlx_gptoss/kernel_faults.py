@@ -49,7 +49,9 @@ def _weights(stem: str, model: Model, layer: int, sizes: Sizes) -> dict[str, Any
     """The model's weights under the names of the kernels' arguments."""
     attention, moe = model.layers[layer]
     norms = {"norm_qkv_rope": attention.norm, "route": moe.norm}
-    outer = {"embed": model.embedding, "unembed": model.unembedding}
+    table = model.embedding
+    whole = table if isinstance(table, Matrix) else table.rows(mx.arange(sizes.vocab))
+    outer = {"embed": whole, "unembed": model.unembedding}
     return {
         "matrix": first(outer[stem], sizes.vocab) if stem in outer else attention.out,
         "norm": norms.get(stem, model.norm),

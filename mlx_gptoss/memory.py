@@ -14,6 +14,7 @@ from mlx_gptoss.errors import MachineError
 from mlx_gptoss.machine import read_machine
 from mlx_gptoss.plan import MIN_CONTEXT, ON_CPU, ON_METAL, MemoryPlan, max_context
 from mlx_gptoss.prefix_cache import MOST_SAVED
+from mlx_gptoss.table import EmbeddingPlace
 
 GIB = 2**30
 
@@ -34,7 +35,7 @@ class Memory:
 
     def __init__(self, plan: MemoryPlan, *, limit_bytes: int):
         self._plan, self.limit_bytes = plan, limit_bytes
-        self._weights_bytes = sum(plan.weights.values())
+        self._weights_bytes = plan.resident_bytes
         self.longest = max_context(plan, limit_bytes)
         least = min(MIN_CONTEXT, plan.config.max_position_embeddings)
         if self.longest < least:
@@ -74,12 +75,15 @@ class Memory:
         return self.limit_bytes - self._weights_bytes - scratch - turns
 
 
-def memory_of(folder: Path, *, limit_bytes: int | None) -> Memory | None:
+def memory_of(
+    folder: Path, *, limit_bytes: int | None, embedding: EmbeddingPlace = "memory"
+) -> Memory | None:
     """Admission for a model folder; None where the machine's memory cannot be read.
 
     Args:
         folder: Of a converted model.
         limit_bytes: None asks the machine.
+        embedding: See `load_model`.
 
     Raises:
         ConfigError: See `open_checkpoint`.
@@ -95,6 +99,7 @@ def memory_of(folder: Path, *, limit_bytes: int | None) -> Memory | None:
         packing=checkpoint.quantization,
         context=1,
         snapshots=MOST_SAVED,
+        embedding=embedding,
         scratch=ON_METAL if mx.metal.is_available() else ON_CPU,
     )
     return Memory(plan, limit_bytes=limit)

@@ -25,9 +25,10 @@ from mlx_gptoss.config import FULL, ModelConfig
 from mlx_gptoss.errors import CacheError
 from mlx_gptoss.kernels.cases import Dense
 from mlx_gptoss.kernels.selection import Choice, all_definitions, choose_kernels, sizes_of
-from mlx_gptoss.matrix import Matrix, embed, on_cpu
+from mlx_gptoss.matrix import Matrix, on_cpu
 from mlx_gptoss.moe import MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable, softmax_scale
+from mlx_gptoss.table import MODULE, PLACES, EmbeddingPlace, FileTable, rows_of
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 KERNELS = ("auto", "on", "off")
@@ -44,6 +45,7 @@ class Model:
             that "float32" widens the dense ones.
         quantization: how each packed module is packed; a module that is absent is dense.
         dtype: "bfloat16", or "float32" for exact comparison, of activations, keys and values.
+        embedding: the table in its file; None where it is among the weights.
 
     Raises:
         ValueError: no such dtype.
@@ -56,13 +58,14 @@ class Model:
         *,
         quantization: Mapping[str, Quantization],
         dtype: str = "bfloat16",
+        embedding: FileTable | None = None,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.config = config
         self.dtype = DTYPES[dtype]
         reader = _WeightReader(weights, quantization, self.dtype)
-        self.embedding = reader.matrix("model.embed_tokens")
+        self.embedding = embedding or reader.matrix(MODULE)
         self.layers = [reader.layer(n) for n in range(config.num_hidden_layers)]
         self.norm = reader.array("model.norm.weight")
         self.unembedding = reader.matrix("lm_head")
@@ -192,7 +195,7 @@ class Model:
         """Hidden states after the final norm, of the positions that `last_block` returns."""
         self._check_caches(tokens, caches)
         place = self._place(tokens.shape[1], caches)
-        c, x = self.config, embed(tokens, self.embedding, self.dtype)
+        c, x = self.config, rows_of(self.embedding, tokens, self.dtype)
         blocks = [attention_block] * (c.num_hidden_layers - 1) + [last_block]
         stores = zip(*caches, strict=True)
         for block, (attention, moe), store in zip(blocks, self.layers, stores, strict=True):
@@ -311,6 +314,7 @@ def load_model(
     *,
     kernels: Choice = "auto",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    embedding: EmbeddingPlace = "memory",
     kernel_record: Path | None = None,
 ) -> Model:
     """Load a converted model folder, ours or mlx-lm's, into memory.
@@ -321,6 +325,8 @@ def load_model(
             insists on all.
         dtype: of activations, keys and values; "float32" also widens dense weights, for exact
             comparison.
+        embedding: "file" leaves the table in its file and reads rows as they are needed: less
+            memory by its bytes, and each token waits for the one before to reach the host.
         kernel_record: keeps which kernels agree on this machine; None checks at every load.
 
     Returns:
@@ -334,12 +340,20 @@ def load_model(
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels: expected one of {', '.join(KERNELS)}, got {kernels!r}")
+    if embedding not in PLACES:
+        raise ValueError(f"embedding: expected one of {', '.join(PLACES)}, got {embedding!r}")
     checkpoint = open_checkpoint(Path(path))
+    table = None
+    if embedding == "file":
+        packing = checkpoint.quantization_of(MODULE)
+        wide = DTYPES.get(dtype, mx.bfloat16)  # the model refuses any other
+        table = FileTable(checkpoint.tensors, packing, dtype=wide)
     model = Model(
         checkpoint.config,
         checkpoint.load(),
         quantization=checkpoint.quantization,
         dtype=dtype,
+        embedding=table,
     )
     mx.eval(model.arrays)
     dense: dict[int | None, Dense] = {None: "plain", 8: "q8", 4: "q4"}

@@ -5,28 +5,26 @@ position. Only the scratch memory of a prompt's chunk is an estimate, with coeff
 the CPU and checked against `mx.get_peak_memory` in the tests. On Metal no peak has been measured:
 activations are half as wide there, so its coefficients are meant as an upper bound.
 
-A plan knows no machine; `judge` holds it against a limit, and `options` says what would fit.
+A plan knows no machine; `fitting.judge` holds it against a limit and says what would fit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cached_property
 
 from mlx_gptoss.attention import QUERY_BLOCK
 from mlx_gptoss.cache import GROWTH, RECENT
 from mlx_gptoss.checkpoint import Quantization, converted_quantization, expected_tensors
-from mlx_gptoss.chips import CHIPS, GIB, default_working_set_bytes
 from mlx_gptoss.config import FULL, ModelConfig
 from mlx_gptoss.engine import PREFILL_CHUNK
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.model_info import PARTS, part_of
+from mlx_gptoss.table import PLACES, EmbeddingPlace
 
 DENSE_FORMATS = ("bf16", "q8", "q4")  # of the converter, most exact first
 MIN_CONTEXT = 1024  # less is no conversation: the system message alone takes about 100
 BF16 = 2  # bytes
 F32 = 4
-MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,18 @@ def weight_bytes(config: ModelConfig, packing: Mapping[str, Quantization]) -> di
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What one model with one batch of contexts needs; every figure is in bytes."""
+    """What one model with one batch of contexts needs; every figure is in bytes.
+
+    Attributes:
+        config: of the model.
+        packing: of its weights.
+        context: tokens of each row.
+        batch: rows.
+        chunk: prompt tokens fed at once.
+        snapshots: places that a conversation can go back to.
+        embedding: where the table is, as `load_model` takes it.
+        scratch: of the device.
+    """
 
     config: ModelConfig
     packing: Mapping[str, Quantization] = field(repr=False)
@@ -97,6 +106,7 @@ class MemoryPlan:
     batch: int = 1
     chunk: int = PREFILL_CHUNK
     snapshots: int = 0
+    embedding: EmbeddingPlace = "memory"
     scratch: Scratch = ON_METAL
 
     def __post_init__(self):
@@ -109,11 +119,20 @@ class MemoryPlan:
         ):
             if not low <= value <= high:
                 raise MachineError(f"{name}: expected {low} to {high}, got {value}")
+        if self.embedding not in PLACES:
+            expected = ", ".join(PLACES)
+            raise MachineError(f"embedding: expected one of {expected}; got {self.embedding!r}")
 
     @cached_property
     def weights(self) -> dict[str, int]:
         """By part."""
         return weight_bytes(self.config, self.packing)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that are in memory."""
+        left_out = self.weights["embedding"] if self.embedding == "file" else 0
+        return sum(self.weights.values()) - left_out
 
     @property
     def row_bytes(self) -> int:
@@ -171,7 +190,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """The peak: everything that stays, and the larger of the two scratches."""
-        stays = sum(self.weights.values()) + self.kv_bytes + self.snapshots * self.snapshot_bytes
+        stays = self.resident_bytes + self.kv_bytes + self.snapshots * self.snapshot_bytes
         return stays + max(self.prefill_bytes, self.decode_bytes)
 
 
@@ -199,100 +218,3 @@ def max_context(plan: MemoryPlan, limit_bytes: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """A change that makes a request fit, what it costs, and the peak that then results."""
-
-    change: str
-    cost: str
-    total_bytes: int
-
-
-class Verdict(StrEnum):
-    """What a limit says to a plan."""
-
-    FITS = "fits"
-    SHORTER = "fits with a shorter context"
-    NO = "does not fit"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """A plan held against a limit; `max_context` is 0 where not even the weights fit."""
-
-    limit_bytes: int
-    max_context: int
-    verdict: Verdict
-    options: tuple[Option, ...]
-
-
-def judge(plan: MemoryPlan, *, limit_bytes: int, memory_bytes: int | None = None) -> Judgement:
-    """Hold a plan against what the GPU may use.
-
-    Args:
-        plan: what is wanted.
-        limit_bytes: what the GPU may use, `Machine.gpu_limit_bytes`.
-        memory_bytes: of the whole Mac, whose limit can be raised; None where it cannot.
-
-    Returns:
-        The verdict; where it is not "fits", with the options that would, cheapest first.
-    """
-    longest = max_context(plan, limit_bytes)
-    if plan.context <= longest:
-        verdict = Verdict.FITS
-    else:
-        verdict = Verdict.SHORTER if longest >= MIN_CONTEXT else Verdict.NO
-    options = () if verdict is Verdict.FITS else tuple(_options(plan, limit_bytes, memory_bytes))
-    return Judgement(limit_bytes=limit_bytes, max_context=longest, verdict=verdict, options=options)
-
-
-def _options(plan: MemoryPlan, limit: int, memory: int | None) -> Iterator[Option]:
-    """Every change that suffices: first those that leave the answers as they are."""
-    yield from _within(plan, limit, memory, change="", cost="")
-    for dense in DENSE_FORMATS[1:]:
-        smaller = replace(plan, packing=dense_quantization(plan.config, dense))
-        if smaller.total_bytes < plan.total_bytes:
-            cost = f"attention and embeddings in {dense[1:]} bits: not lossless; convert again"
-            if smaller.total_bytes <= limit:
-                yield Option(change=f"--dense {dense}", cost=cost, total_bytes=smaller.total_bytes)
-                return
-            yield from _within(
-                smaller, limit, memory, change=f"--dense {dense} and ", cost=f"{cost}; "
-            )
-    if memory is not None and (enough := _smallest_mac_gib(plan)):
-        yield Option(
-            change=f"a Mac with {enough} GB", cost="as it is", total_bytes=plan.total_bytes
-        )
-
-
-def _within(
-    plan: MemoryPlan, limit: int, memory: int | None, *, change: str, cost: str
-) -> Iterator[Option]:
-    """A higher limit, and a shorter context, for one format of the weights."""
-    if memory is not None and (raised := _raised_limit_mib(plan, memory)):
-        left = (memory - raised * MIB) / GIB
-        yield Option(
-            change=f"{change}sudo sysctl iogpu.wired_limit_mb={raised}",
-            cost=f"{cost}until the next restart; leaves {left:.1f} GiB to everything else",
-            total_bytes=plan.total_bytes,
-        )
-    if (longest := max_context(plan, limit)) >= MIN_CONTEXT:
-        yield Option(
-            change=f"{change}--context {longest}",
-            cost=f"{cost}shorter conversations",
-            total_bytes=replace(plan, context=longest).total_bytes,
-        )
-
-
-def _raised_limit_mib(plan: MemoryPlan, memory: int) -> int | None:
-    """A limit that holds the plan and leaves an eighth of the memory, at least 4 GiB, to macOS."""
-    needed = -(-plan.total_bytes // MIB)
-    return needed if needed * MIB <= memory - max(memory // 8, 4 * GIB) else None
-
-
-def _smallest_mac_gib(plan: MemoryPlan) -> int | None:
-    sizes = sorted({gib for chip in CHIPS for gib in chip.memory_gib})
-    fits = (gib for gib in sizes if default_working_set_bytes(gib * GIB) >= plan.total_bytes)
-    return next(fits, None)

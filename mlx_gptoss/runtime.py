@@ -33,6 +33,7 @@ from mlx_gptoss.rules import ToolChoice
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.stream import AsyncStream, Outbox, Stream
 from mlx_gptoss.structured import Guide
+from mlx_gptoss.table import EmbeddingPlace
 from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
 
@@ -98,6 +99,7 @@ class Runtime:
         cache_dir: str | Path | None = None,
         concurrent: int = CONCURRENT,
         memory_limit_bytes: int | None = None,
+        embedding: EmbeddingPlace = "memory",
     ) -> "Runtime":
         """Load a model; close the runtime, or leave its `with` block, to free the memory.
 
@@ -109,6 +111,7 @@ class Runtime:
                 on this machine. Its files hold what was said; only their owner can read them.
             concurrent: Most turns at once, 1 to 16; others wait in the order they came.
             memory_limit_bytes: What everything may take; None asks the machine.
+            embedding: See `load_model`.
 
         Raises:
             ModelNotFoundError: No such model here; says how to get it.
@@ -117,9 +120,13 @@ class Runtime:
             GptOssError: The model cannot be loaded; see `load_model`.
         """
         folder, record = library.find_model(name), library.kernel_record()
+        load = partial(
+            model.load_model, folder, kernels=kernels, embedding=embedding, kernel_record=record
+        )
+        admission = memory.memory_of(folder, limit_bytes=memory_limit_bytes, embedding=embedding)
         return cls(
-            lambda: harmony_engine(model.load_model(folder, kernels=kernels, kernel_record=record)),
-            admission=memory.memory_of(folder, limit_bytes=memory_limit_bytes),
+            lambda: harmony_engine(load()),
+            admission=admission,
             cache_bytes=cache_bytes,
             files=partial(open_folder, cache_dir, folder) if cache_dir is not None else None,
             concurrent=concurrent,

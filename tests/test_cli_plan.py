@@ -28,6 +28,20 @@ def test_one_that_is_not():
     assert "--dense q4 and sudo sysctl iogpu.wired_limit_mb=" in result.output
 
 
+def test_the_embedding_in_its_file():
+    """20b in q4 fits a Mac with 16 GB as macOS sets it up, if the table stays on disk."""
+    asked = ("20b", "--memory", "16", "--dense", "q4", "--context", "5000")
+    kept, left = plan(*asked), plan(*asked, "--embedding", "file")
+    assert (kept.exit_code, left.exit_code) == (1, 0)
+    assert "  --embedding file  (peak" in kept.output
+    assert "embedding 325.8 MB (in its file)" in left.output
+    facts = json.loads(plan(*asked, "--embedding", "file", "--json").output)
+    parts = facts["weights_bytes"]
+    assert facts["resident_bytes"] == sum(parts.values()) - parts["embedding"]
+    assert list(facts["kv_bytes_by_context"]) == ["4096", "5000", "32768", "131072"]
+    assert facts["kv_bytes_by_context"]["5000"] == facts["kv_bytes"]
+
+
 def test_every_memory_size_of_a_chip_as_json():
     result = plan("openai/gpt-oss-120b", "--chip", "m4 max", "--context", "32768", "--json")
     assert result.exit_code == 0

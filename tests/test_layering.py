@@ -16,7 +16,7 @@ LAYERS = [
     ["chips", "pacing", "config", "weight_files", "transfer"],
     ["manifest"],
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache", "machine"],
-    ["reference", "sampling"],
+    ["reference", "sampling", "table"],
     ["convert", "kernels", "cache"],
     ["attention", "moe", "decode_state"],
     ["model", "unpack"],
@@ -27,6 +27,7 @@ LAYERS = [
     ["library", "model_info"],
     ["harmony", "plan", "transcripts", "routes", "kernel_faults"],
     ["rules"],
+    ["fitting"],
     [
         "turn",
         "doctor",

@@ -14,14 +14,13 @@ from mlx_gptoss.chips import GIB, default_working_set_bytes
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.errors import MachineError
+from mlx_gptoss.fitting import Verdict, judge
 from mlx_gptoss.plan import (
     DENSE_FORMATS,
     ON_CPU,
     MemoryPlan,
-    Verdict,
     capacity,
     dense_quantization,
-    judge,
     max_context,
 )
 
@@ -38,8 +37,9 @@ from mlx_gptoss.engine import Engine
 from mlx_gptoss.model import load_model
 from mlx_gptoss.sampling import SamplingParams
 mx.set_default_device(mx.cpu)
-folder, prompt, answer, chunk = sys.argv[1], *map(int, sys.argv[2:])
-engine = Engine(load_model(folder), prefill_chunk=chunk, chunk_target_s=float('inf'))
+folder, place, prompt, answer, chunk = *sys.argv[1:3], *map(int, sys.argv[3:])
+model = load_model(folder, embedding=place)
+engine = Engine(model, prefill_chunk=chunk, chunk_target_s=float('inf'))
 tokens = [7 * i % 32768 for i in range(prompt)]
 sampling = SamplingParams(temperature=0)
 with engine.generate(tokens, sampling=sampling, max_tokens=answer) as generation:
@@ -107,16 +107,21 @@ def test_capacity_follows_the_cache(chunk):
         assert cache.nbytes == plan * 2 * 4 * 2, f"{positions} positions"
 
 
-@pytest.mark.parametrize("dense, prompt, chunk", [("bf16", 512, 128), ("q8", 384, 128)])
-def test_the_peak_is_the_planned_one(tmp_path, dense, prompt, chunk):
+@pytest.mark.parametrize(
+    "dense, place, prompt, chunk",
+    [("bf16", "memory", 512, 128), ("bf16", "file", 512, 128), ("q8", "memory", 384, 128)],
+)
+def test_the_peak_is_the_planned_one(tmp_path, dense, place, prompt, chunk):
     """Within 5 % of what MLX says it held at most, weights, caches and scratch together."""
     source = write_checkpoint(tmp_path / "source", shape=MEDIUM)
     convert_checkpoint(source, tmp_path / "model", dense=dense, verify=False)
-    command = [sys.executable, "-c", MEASURE, tmp_path / "model", str(prompt), "9", str(chunk)]
+    asked = [tmp_path / "model", place, str(prompt), "9", str(chunk)]
+    command = [sys.executable, "-c", MEASURE, *asked]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     measured = json.loads(done.stdout)
     config = tiny_model(MEDIUM).config
-    plan = planned(config, dense, context=prompt, chunk=chunk, scratch=ON_CPU)
+    where = {"chunk": chunk, "embedding": place, "scratch": ON_CPU}
+    plan = planned(config, dense, context=prompt, **where)
     assert measured["count"] == 9
     assert measured["kv"] == plan.kv_bytes
     error = plan.total_bytes / measured["peak"] - 1
@@ -150,17 +155,26 @@ def test_options_are_ranked_and_sufficient():
     assert [change.split(" iogpu")[0] for change in changes] == [
         "--dense q8 and sudo sysctl",
         "--dense q4 and sudo sysctl",
+        "--dense q4 and --embedding file and --context 5376",
         "a Mac with 24 GB",
     ]
+    small = planned(dense="q4", context=5376, embedding="file")
+    assert small.total_bytes <= default_working_set_bytes(16 * GIB)
+    assert judged.options[2].total_bytes == small.total_bytes
     for option, dense in zip(judged.options, ("q8", "q4"), strict=False):
         raised = int(option.change.rpartition("=")[2]) * 2**20
         assert planned(dense=dense).total_bytes <= raised <= 12 * GIB
     judged = mac(planned(context=131072), 24)
     assert judged.verdict == Verdict.SHORTER
     changes = [option.change for option in judged.options]
-    assert changes[0].startswith("sudo sysctl iogpu.wired_limit_mb=")
-    assert changes[1] == f"--context {judged.max_context}"
-    assert changes[2] == "--dense q8" and len(changes) == 3
+    assert changes[0] == "--embedding file"
+    assert changes[1].startswith("sudo sysctl iogpu.wired_limit_mb=")
+    assert changes[2] == f"--context {judged.max_context}"
+    assert changes[3] == "--dense q8" and len(changes) == 4
+    in_file = planned(context=131072, embedding="file")
+    assert planned(context=131072).total_bytes - in_file.total_bytes == 201088 * 2880 * 2
+    assert judged.options[0].total_bytes == in_file.total_bytes
+    assert mac(in_file, 24).verdict == Verdict.FITS
     limit = default_working_set_bytes(24 * GIB)
     assert planned(dense="q8", context=131072).total_bytes <= limit
 
@@ -183,6 +197,11 @@ def test_where_the_limit_cannot_be_raised():
 def test_impossible_requests(change, message):
     with pytest.raises(MachineError, match=message):
         planned(**change)
+
+
+def test_no_such_place_of_the_embedding():
+    with pytest.raises(MachineError, match="embedding: expected one of memory, file; got 'disk'"):
+        planned(embedding="disk")
 
 
 def test_unknown_format():

@@ -8,6 +8,7 @@ import click
 from mlx_gptoss.cli.console import note
 from mlx_gptoss.cli.options import (
     chosen_model,
+    embedding_option,
     max_tokens_option,
     model_option,
     reasoning_option,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlx_gptoss.cli.chat_input import Lines
     from mlx_gptoss.cli.chat_session import Session
     from mlx_gptoss.sampling import SamplingParams
+    from mlx_gptoss.table import EmbeddingPlace
 
 HELP = """\
 /help               this list
@@ -36,6 +38,7 @@ Ctrl-C stops an answer and keeps the chat."""
 
 @click.command()
 @model_option
+@embedding_option
 @reasoning_option
 @click.option("--system", metavar="TEXT", help="Instructions that stand above the chat.")
 @max_tokens_option("of one answer")
@@ -45,6 +48,7 @@ Ctrl-C stops an answer and keeps the chat."""
 def chat(
     *,
     model: str | None,
+    embedding: "EmbeddingPlace",
     reasoning: str,
     system: str | None,
     max_tokens: int | None,
@@ -61,7 +65,7 @@ def chat(
     from mlx_gptoss.runtime import Runtime
 
     model = chosen_model(model, quiet=quiet)
-    with Runtime.open(model) as runtime, open_lines() as lines:
+    with Runtime.open(model, embedding=embedding) as runtime, open_lines() as lines:
         session = Session(
             runtime,
             reasoning=reasoning,

@@ -10,6 +10,7 @@ import click
 from mlx_gptoss.cli.console import Progress, note
 from mlx_gptoss.cli.options import (
     chosen_model,
+    embedding_option,
     max_tokens_option,
     model_option,
     reasoning_option,
@@ -19,12 +20,14 @@ from mlx_gptoss.cli.options import (
 if TYPE_CHECKING:
     from mlx_gptoss.engine import Engine
     from mlx_gptoss.sampling import SamplingParams
+    from mlx_gptoss.table import EmbeddingPlace
     from mlx_gptoss.turn import Turn
 
 
 @click.command()
 @click.argument("prompt", required=False)
 @model_option
+@embedding_option
 @reasoning_option
 @click.option("--system", metavar="TEXT", help="Instructions that stand above the prompt.")
 @max_tokens_option("to generate")
@@ -37,6 +40,7 @@ def generate(
     *,
     prompt: str | None,
     model: str | None,
+    embedding: "EmbeddingPlace",
     reasoning: str,
     system: str | None,
     max_tokens: int | None,
@@ -56,8 +60,9 @@ def generate(
         raise click.UsageError("--show-reasoning: --raw and --json hold the reasoning anyway")
     text = _prompt_text(prompt)
     model = chosen_model(model, quiet=quiet)
-    engine, load_s = _load(model)
     prompt_tokens = _render(text, system=system, reasoning=reasoning)
+    max_tokens = _granted(model, embedding, prompt_tokens, max_tokens)
+    engine, load_s = _load(model, embedding)
     turn = _turn(engine, prompt_tokens, sampling, max_tokens, quiet)
     if as_json:
         click.echo(_json(turn, model, load_s))
@@ -79,7 +84,21 @@ def _prompt_text(prompt: str | None) -> str:
     return text
 
 
-def _load(name: str) -> "tuple[Engine, float]":
+def _granted(
+    name: str, embedding: "EmbeddingPlace", prompt: list[int], max_tokens: int | None
+) -> int | None:
+    """`max_tokens`, or as many as the memory has room for; what does not fit is refused."""
+    from mlx_gptoss.library import find_model
+    from mlx_gptoss.memory import memory_of
+
+    memory = memory_of(find_model(name), limit_bytes=None, embedding=embedding)
+    if memory is None:
+        return max_tokens
+    context = memory.grant(len(prompt), max_tokens)
+    return max(1, context - len(prompt)) if max_tokens is None else max_tokens
+
+
+def _load(name: str, embedding: "EmbeddingPlace") -> "tuple[Engine, float]":
     """The engine of a model, and how long loading took."""
     from mlx_gptoss.library import find_model, kernel_record
     from mlx_gptoss.model import load_model
@@ -87,7 +106,7 @@ def _load(name: str) -> "tuple[Engine, float]":
 
     folder = find_model(name)
     began = time.perf_counter()
-    model = load_model(folder, kernel_record=kernel_record())
+    model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
     return harmony_engine(model), time.perf_counter() - began
 
 

@@ -29,6 +29,13 @@ reasoning_option = click.option(
     show_default=True,
     help="How long the model thinks before it answers.",
 )
+embedding_option = click.option(
+    "--embedding",
+    type=click.Choice(["memory", "file"]),
+    default="memory",
+    show_default=True,
+    help="Where its table stays; `file` saves its memory, and a token waits for the one before.",
+)
 
 _SAMPLING = [
     click.option(

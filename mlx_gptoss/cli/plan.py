@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,9 +10,12 @@ import click
 from mlx_gptoss.cli.console import size
 
 if TYPE_CHECKING:
-    from mlx_gptoss.plan import Judgement, MemoryPlan
+    from mlx_gptoss.fitting import Judgement
+    from mlx_gptoss.plan import MemoryPlan
+    from mlx_gptoss.table import EmbeddingPlace
 
 DEFAULT_CONTEXT = 8192
+CONTEXTS = (4096, 32768, 131072)  # for which keys and values are shown
 
 
 @click.command()
@@ -37,6 +41,13 @@ DEFAULT_CONTEXT = 8192
     show_default="as converted; bf16",
     help="Format of attention and embeddings, as in `convert`.",
 )
+@click.option(
+    "--embedding",
+    type=click.Choice(["memory", "file"]),
+    default="memory",
+    show_default=True,
+    help="Where its table stays, as in `generate`.",
+)
 @click.option("--memory", metavar="SIZE", help="Plan for a Mac with this memory, such as 16G.")
 @click.option("--chip", metavar="NAME", help="Plan for every memory size of a chip: 'M4 Pro'.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -46,6 +57,7 @@ def plan(
     context: int | None,
     batch: int,
     dense: str | None,
+    embedding: "EmbeddingPlace",
     memory: str | None,
     chip: str | None,
     as_json: bool,
@@ -54,7 +66,8 @@ def plan(
 
     20b and 120b need no files: their sizes are known. Exit 1 if it fits nowhere that was asked for.
     """
-    from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan, Verdict, judge
+    from mlx_gptoss.fitting import Verdict, judge
+    from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan
 
     config, packing = _sizes(model, dense)
     machines = _machines(memory, chip)
@@ -63,6 +76,7 @@ def plan(
         packing=packing,
         context=context or min(DEFAULT_CONTEXT, config.max_position_embeddings),
         batch=batch,
+        embedding=embedding,
         scratch=ON_METAL if all(mac for _, _, _, mac in machines) else ON_CPU,
     )
     judged = [
@@ -141,8 +155,11 @@ def _json(model: str, wanted: "MemoryPlan", judged: "list[tuple[str, Judgement]]
             "batch": wanted.batch,
             "chunk": wanted.chunk,
             "weights_bytes": wanted.weights,
+            "embedding": wanted.embedding,
+            "resident_bytes": wanted.resident_bytes,
             "kv_bytes": wanted.kv_bytes,
             "kv_bytes_per_token": wanted.kv_bytes_per_token,
+            "kv_bytes_by_context": _kv_by_context(wanted),
             "snapshot_bytes": wanted.snapshot_bytes,
             "prefill_bytes": wanted.prefill_bytes,
             "decode_bytes": wanted.decode_bytes,
@@ -162,14 +179,27 @@ def _json(model: str, wanted: "MemoryPlan", judged: "list[tuple[str, Judgement]]
     )
 
 
+def _kv_by_context(wanted: "MemoryPlan") -> dict[int, int]:
+    """Bytes of keys and values at some contexts, with the one that is asked for."""
+    most = wanted.config.max_position_embeddings
+    contexts = sorted({n for n in CONTEXTS if n <= most} | {wanted.context})
+    return {n: replace(wanted, context=n).kv_bytes for n in contexts}
+
+
 def _text(model: str, wanted: "MemoryPlan", judged: "list[tuple[str, Judgement]]") -> str:
-    parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in wanted.weights.items())
+    left_out = {"embedding"} if wanted.embedding == "file" else set[str]()
+    parts = ", ".join(
+        f"{name} {size(nbytes)}" + (" (in its file)" if name in left_out else "")
+        for name, nbytes in wanted.weights.items()
+    )
+    kv = ", ".join(f"{n}: {size(nbytes)}" for n, nbytes in _kv_by_context(wanted).items())
     scratch = max(wanted.prefill_bytes, wanted.decode_bytes)
     lines = [
         f"{model}: context {wanted.context}, batch {wanted.batch}",
-        f"weights  {size(sum(wanted.weights.values())):>9}  {parts}",
+        f"weights  {size(wanted.resident_bytes):>9}  {parts}",
         f"K,V      {size(wanted.kv_bytes):>9}  {size(wanted.kv_bytes_per_token)} a token, and "
         f"{size(wanted.snapshot_bytes)} of windows, which is also the price of a saved point",
+        f"{'':19}by context: {kv}",
         f"scratch  {size(scratch):>9}  estimate, for prompt chunks of {wanted.chunk} tokens",
         f"peak     {size(wanted.total_bytes):>9}",
     ]
@@ -183,7 +213,7 @@ def _text(model: str, wanted: "MemoryPlan", judged: "list[tuple[str, Judgement]]
 
 
 def _verdict(judgement: "Judgement") -> str:
-    from mlx_gptoss.plan import Verdict
+    from mlx_gptoss.fitting import Verdict
 
     if judgement.verdict is Verdict.NO:
         return judgement.verdict
