@@ -47,6 +47,7 @@ MODEL = Sizes(
 AT_32K = replace(MODEL, capacity=32768, base=1020 * 32, splits=32)
 SAMPLED = {  # threadgroups; the others run whole
     "attention_decode": 32,
+    "attention_window_prefill": 16,
     "experts_down": 10,
     "experts_swiglu": 32,
     "out_residual": 20,
@@ -56,6 +57,7 @@ STREAMS = {
     "attention_decode": ("frozen_k", "frozen_v", "append_k", "append_v"),
     "attention_reduce": ("sums", "ends"),
     "attention_window": ("ring_k", "ring_v", "append_k", "append_v"),
+    "attention_window_prefill": ("keys", "values"),
     "embed": ("table_w", "table_s", "table_o"),
     "expert_dispatch": ("experts",),
     "experts_down": ("down_w", "down_s"),
@@ -96,6 +98,8 @@ def ideal_bytes(stem: str, given: dict[str, Any], sizes: Sizes) -> float:
             return (sizes.base + sizes.slot + 1) * row
         case "attention_window":
             return sizes.window * row
+        case "attention_window_prefill":
+            return (sizes.window + sizes.tokens) * row
         case "attention_reduce":
             return given["sums"].nbytes + given["ends"].nbytes
         case "embed":

@@ -1,4 +1,4 @@
-// Decode attention of the GROUP query heads of one KV head, 64 dims each, over tiles of 32 keys, by one simdgroup.
+// Attention of one token: the GROUP query heads of one KV head, 64 dims each, over tiles of 32 keys, by one simdgroup.
 //
 // 8 heads are the 8 rows of a simdgroup matrix. In MLX's documented lane map, lane l holds row r and columns 2j, 2j + 1.
 // Scores are computed as keys x heads, so lane (r, j) reads 16 dims of key r: 8j..8j+7 and 32+8j..32+8j+7, two whole
@@ -22,6 +22,14 @@ METAL_FUNC ushort lane_of(uint row, uint pair) {
   return ushort((row & 4) << 2 | (row & 3) << 1 | (pair & 2) << 2 | (pair & 1));
 }
 
+// The 8x8 tile of which this lane holds two values, rows for columns: rows 2a and 2a + 1 swap one value, then the pairs
+// move to their lane.
+METAL_FUNC float2 transpose(float2 values, uint row, uint pair) {
+  const bool odd = row % 2;
+  const float other = simd_shuffle_xor(odd ? values.x : values.y, ushort(2));
+  return simd_shuffle(odd ? float2(other, values.y) : float2(values.x, other), lane_of(2 * pair + row % 2, row / 2));
+}
+
 // The score of a key that is not seen, and the maximum over none. Not -inf: what the fast exp2 makes of
 // infinities is not promised.
 constant constexpr float NEVER = -1e30f;
@@ -33,14 +41,15 @@ struct Attention {
   float2 q[8], out[8]; // q: dims x heads; out: heads x dims
   float2 top, total;   // of heads 2 * pair, 2 * pair + 1; `total` still to be summed over lanes
 
-  // `heads`: the (GROUP,64) queries. Heads above GROUP are zero: they cost nothing and are never stored.
-  METAL_FUNC void begin(const device T* heads, float scale, uint lane) {
+  // `heads`: the GROUP queries of 64, `stride` apart. Heads above GROUP are zero: they are never stored.
+  METAL_FUNC void begin(const device T* heads, uint stride, float scale, uint lane) {
     row = ((lane >> 2) & 4) | ((lane >> 1) & 3);
     pair = ((lane >> 2) & 2) | (lane & 1);
+    float x[16];
+    load_row(heads + ulong(min(row, uint(GROUP - 1))) * stride, x);
+    const float factor = row < GROUP ? scale : 0.0f;
     UNROLL for (int d = 0; d < 8; d++) {
-      const uint dim = d / 4 * 32 + row / 2 * 8 + d % 4 * 2 + row % 2, head = 2 * pair;
-      q[d] = float2(head < GROUP ? float(heads[head * 64 + dim]) : 0.0f,
-                    head + 1 < GROUP ? float(heads[(head + 1) * 64 + dim]) : 0.0f) * scale;
+      q[d] = transpose(float2(x[2 * d], x[2 * d + 1]) * factor, row, pair);
       out[d] = 0;
     }
     top = NEVER;
@@ -54,48 +63,68 @@ struct Attention {
     float2 best = NEVER;
     UNROLL for (int i = 0; i < 4; i++) {
       float x[16];
-      load<8>(k + keys[i] * 64 + 8 * pair, x);
-      load<8>(k + keys[i] * 64 + 32 + 8 * pair, x + 8);
-      float2 score = 0;  // in an array element it would not stay in registers
-      UNROLL for (int d = 0; d < 8; d++) score = multiply_add(float2(x[2 * d], x[2 * d + 1]), q[d], score);
-      scores[i] = seen[i] ? score : float2(NEVER);
+      load_row(k + keys[i] * 64, x);
+      scores[i] = score(x, seen[i]);
       best = max(best, scores[i]);
     }
-    best = max(best, simd_shuffle_xor(best, ushort(2)));
-    best = max(best, simd_shuffle_xor(best, ushort(4)));
-    best = max(best, simd_shuffle_xor(best, ushort(16)));
-    raise(max(top, best));
+    raise(best);
     UNROLL for (int i = 0; i < 4; i++) {
       float x[16];
-      load<8>(v + keys[i] * 64 + 8 * pair, x);
-      load<8>(v + keys[i] * 64 + 32 + 8 * pair, x + 8);
-      const float2 p = metal::fast::exp2(scores[i] - top);
-      total += p;
-      // keys x heads to heads x keys: keys 2a and 2a + 1 swap one value, then the pairs move to their lane
-      const bool odd = row % 2;
-      const float other = simd_shuffle_xor(odd ? p.x : p.y, ushort(2));
-      const float2 weights = simd_shuffle(odd ? float2(other, p.y) : float2(p.x, other), lane_of(2 * pair + row % 2, row / 2));
-      UNROLL for (int d = 0; d < 8; d++) out[d] = multiply_add(weights, float2(x[2 * d], x[2 * d + 1]), out[d]);
+      load_row(v + keys[i] * 64, x);
+      add(scores[i], x);
     }
   }
 
-  // Takes a new maximum. Only a tile with a seen key may come here, or its unseen keys would count.
-  METAL_FUNC void raise(float2 highest) {
-    const float2 factor = metal::fast::exp2(top - highest);
+  // This lane's 16 dims of a row of 64.
+  METAL_FUNC void load_row(const device T* from, thread float* x) {
+    load<8>(from + 8 * pair, x);
+    load<8>(from + 32 + 8 * pair, x + 8);
+  }
+
+  // Of 8 keys, whose rows the lanes hold in x.
+  METAL_FUNC float2 score(const thread float* x, bool seen) {
+    float2 sum = 0;  // in an array element it would not stay in registers
+    UNROLL for (int d = 0; d < 8; d++) sum = multiply_add(float2(x[2 * d], x[2 * d + 1]), q[d], sum);
+    return seen ? sum : float2(NEVER);
+  }
+
+  // Takes this lane's highest score before its keys are added. If the maximum stays at NEVER, unseen keys would count.
+  METAL_FUNC void raise(float2 best) {
+    best = max(best, simd_shuffle_xor(best, ushort(2)));
+    best = max(best, simd_shuffle_xor(best, ushort(4)));
+    best = max(best, simd_shuffle_xor(best, ushort(16)));
+    const float2 highest = max(top, best), factor = metal::fast::exp2(top - highest);
     if (simd_any(highest.x > top.x || highest.y > top.y)) {
-      const float2 of_row = simd_shuffle(factor, lane_of(0, row / 2));  // head `row` is column `row`
-      const float scale = row % 2 ? of_row.y : of_row.x;
+      const float scale = of_row(factor);
       UNROLL for (int d = 0; d < 8; d++) out[d] *= scale;
     }
     top = highest;
     total *= factor;
   }
 
-  // Leaves this simdgroup's (8,64) sums and (8,2) maxima and totals in threadgroup memory.
-  METAL_FUNC void end(threadgroup float* sums, threadgroup float* ends) {
+  // Adds 8 keys: their scores, and in x the rows of their values.
+  METAL_FUNC void add(float2 scores, const thread float* x) {
+    const float2 p = metal::fast::exp2(scores - top);
+    total += p;
+    const float2 weights = transpose(p, row, pair);
+    UNROLL for (int d = 0; d < 8; d++) out[d] = multiply_add(weights, float2(x[2 * d], x[2 * d + 1]), out[d]);
+  }
+
+  // What lanes hold for heads 2 * pair, 2 * pair + 1, as this lane needs it for head `row`.
+  METAL_FUNC float of_row(float2 of_pair) {
+    const float2 both = simd_shuffle(of_pair, lane_of(0, row / 2));
+    return row % 2 ? both.y : both.x;
+  }
+
+  METAL_FUNC void add_totals() {
     total += simd_shuffle_xor(total, ushort(2));
     total += simd_shuffle_xor(total, ushort(4));
     total += simd_shuffle_xor(total, ushort(16));
+  }
+
+  // Leaves this simdgroup's (8,64) sums and (8,2) maxima and totals in threadgroup memory.
+  METAL_FUNC void end(threadgroup float* sums, threadgroup float* ends) {
+    add_totals();
     UNROLL for (int d = 0; d < 8; d++) {
       const uint at = row * 64 + d / 4 * 32 + pair * 8 + d % 4 * 2;
       sums[at] = out[d].x;

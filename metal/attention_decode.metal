@@ -26,7 +26,7 @@ METAL_FUNC void attention_decode(
   const uint frozen_tiles = (base + 31) / 32, tiles = frozen_tiles + (live + 31) / 32;
   const uint first = tiles * split / splits, last = tiles * (split + 1) / splits;
   Attention<T, GROUP> state;
-  state.begin(q + (b * HKV + kv) * GROUP * 64, scale, lane);
+  state.begin(q + (b * HKV + kv) * GROUP * 64, 64, scale, lane);
   for (uint t = first + group; t < last; t += SIMDS) {
     const bool is_append = t >= frozen_tiles;
     const uint start = 32 * (is_append ? t - frozen_tiles : t), rows = is_append ? ROWS : capacity;

@@ -22,7 +22,7 @@ METAL_FUNC void attention_window(
   const uint kv = tile.x, b = tile.y;
   const int position = control[b * 8], base = control[b * 8 + 1], slot = min(int(control[b * 8 + 2]), ROWS - 1);
   Attention<T, GROUP> state;
-  state.begin(q + (b * HKV + kv) * GROUP * 64, scale, lane);
+  state.begin(q + (b * HKV + kv) * GROUP * 64, 64, scale, lane);
   constexpr uint ring_tiles = WINDOW / 32;
   const uint tiles = ring_tiles + slot / 32 + 1;
   for (uint t = group; t < tiles; t += SIMDS) {

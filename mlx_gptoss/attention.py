@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_gptoss import reference
 from mlx_gptoss.cache import FullCache, WindowCache
+from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix, on_cpu
 
 Store = WindowCache | FullCache
@@ -35,13 +36,14 @@ class AttentionWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in the text a call's tokens are, and the numbers every layer attends with."""
+    """Where in the text a call's tokens are, and what every layer attends with."""
 
     angles: tuple[mx.array, mx.array]  # cos and sin of the new positions, from RopeTable.at
     starts: tuple[mx.array | None, ...]  # of each cache, (rows,) int32: first that is no padding
     head_dim: int
     eps: float  # of the norm
     scale: float  # of q . k, from rope.softmax_scale
+    kernels: KernelSet
 
 
 def attention_block(
@@ -62,7 +64,7 @@ def attention_block(
     new = _project(x, weights, place, place.angles)
     q, k, v = (mx.split(rows, len(stores)) for rows in new)
     mixed = [
-        _attend(q[n], k[n], v[n], weights.sinks, store, scale=place.scale, start=place.starts[n])
+        _attend(q[n], k[n], v[n], weights.sinks, store, place, start=place.starts[n])
         for n, store in enumerate(stores)
     ]
     return reference.out_residual(mx.concatenate(mixed), weights.out, x)
@@ -74,13 +76,13 @@ def _attend(
     v: mx.array,
     sinks: mx.array,
     store: Store,
+    place: Place,
     *,
-    scale: float,
     start: mx.array | None,
 ) -> mx.array:
     if isinstance(store, WindowCache):
-        return _sliding(q, k, v, sinks, store, scale=scale, start=start)
-    return _full(q, k, v, sinks, store, scale=scale, start=start)
+        return _sliding(q, k, v, sinks, store, place, start=start)
+    return _full(q, k, v, sinks, store, scale=place.scale, start=start)
 
 
 def _sliding(
@@ -89,18 +91,19 @@ def _sliding(
     v: mx.array,
     sinks: mx.array,
     cache: WindowCache,
+    place: Place,
     *,
-    scale: float,
     start: mx.array | None,
 ) -> mx.array:
-    rest = {"offset": cache.offset, "scale": scale, "start": start}
+    rest = {"offset": cache.offset, "scale": place.scale, "start": start}
     if q.shape[2] == 1:
         return reference.attention_window(q, *cache.append(k, v), sinks, **rest)
     keys, values = cache.extend(k, v)
-    end = cache.offset
-    if end <= cache.window:  # every key so far is in every query's window
+    end, kernels = cache.offset, place.kernels
+    if "attention_window_prefill" in kernels.fallbacks and end <= cache.window:
+        # every key so far is in every query's window
         return _causal_attention(q, keys[:, :, -end:], values[:, :, -end:], sinks, **rest)
-    return reference.attention_window_prefill(q, keys, values, sinks, **rest)
+    return kernels.attention_window_prefill(q, keys, values, sinks, **rest)
 
 
 def _full(

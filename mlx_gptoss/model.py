@@ -220,6 +220,7 @@ class Model:
             head_dim=self.config.head_dim,
             eps=self.config.rms_norm_eps,
             scale=self.softmax_scale,
+            kernels=self.kernels,
         )
 
     def _given(self, tokens: mx.array, cache: ModelCache | None) -> ModelCache:

@@ -63,7 +63,7 @@ def test_agrees_with_its_definition(stem: str, dtype: str, dense: Dense) -> None
 @pytest.mark.parametrize("batch", [1, 7, 33])
 @pytest.mark.parametrize("stem", KERNELS)
 def test_batches(stem: str, batch: int) -> None:
-    sizes = replace(Sizes(), batch=batch, capacity=320, base=310, vocab=192)
+    sizes = replace(Sizes(), batch=batch, capacity=320, base=310, vocab=192, tokens=7)
     assert_agrees(stem, sizes, "bfloat16", mode="plain" if batch > 7 else "instrumented")
 
 
@@ -214,16 +214,18 @@ def test_equal_scores_go_to_the_lower_id() -> None:
         assert token.item() == tied[0] * 64 + 3
 
 
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
 # A line of a kernel, and what it becomes: each fault must be found by a check or by the values.
 FAULTS = [
-    ("experts_swiglu", "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    ("experts_swiglu", BARRIER, ""),
     ("experts_swiglu", "lane < lanes ? DECODE_SCALE : 0.0f", "DECODE_SCALE"),
     ("experts_swiglu", "min(lane, lanes - 1)", "lane"),
     ("experts_swiglu", "((word + word) & 0x1E1E1E1Eu)", "((word + word) & 0x0E0E0E0Eu)"),
     ("experts_down", "DECODE_SCALE * share", "DECODE_SCALE"),
     ("experts_down", "scales[at + (first + i) * blocks]", "scales[at + (first + i + 1) * blocks]"),
     ("expert_dispatch", "g < group ? counts[2 * g + 1] : 0", "counts[2 * g + 1]"),
-    ("expert_dispatch", "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    ("expert_dispatch", BARRIER, ""),
     ("expert_dispatch", "at += popcount(owners)", "at += 0"),
     ("expert_dispatch", "p < last && experts", "experts"),
     ("attention_decode", "8 * i + state.row < valid", "true"),
@@ -231,6 +233,13 @@ FAULTS = [
     ("attention_decode", "out[d] *= scale", "out[d] *= 1"),
     ("attention_window", "at > position - WINDOW", "at >= position - WINDOW"),
     ("attention_window", "turn < base ? turn : turn - WINDOW", "turn - WINDOW"),
+    ("attention_window_prefill", "row >= low &&", "row + 1 >= low &&"),
+    ("attention_window_prefill", "&& row <= high", "&& row <= high + 1"),
+    ("attention_window_prefill", "from >= begin && from", "from"),
+    ("attention_window_prefill", f"{BARRIER}\n    for", "for"),
+    ("attention_window_prefill", f"{BARRIER}\n    const", "const"),
+    ("attention_window_prefill", "state.row == 0 ? 1.0f : 0.0f", "0.0f"),
+    ("attention_window_prefill", "|| token >= tokens", ""),
     ("attention_reduce", "total = metal::fast::exp2(sink - top)", "total = 0"),
     ("norm_qkv_rope", "i += threads) to[i] = from[i]", "i += threads) to[i] = from[0]"),
     ("norm_qkv_rope", "turned * sine", "first * sine"),
@@ -247,7 +256,10 @@ def test_faults_are_found(
     text: Callable[[str], str] = launch.source_text
     assert text(stem).count(line) == 1, "the fault must change one line"
     monkeypatch.setattr(launch, "source_text", lambda name: text(name).replace(line, fault))
-    sizes = replace(Sizes(), hidden=2048) if stem == "route" else Sizes()
+    sizes = {
+        "route": replace(Sizes(), hidden=2048),  # more than one simdgroup
+        "attention_window_prefill": replace(Sizes(), q_heads=9, kv_heads=3, tokens=41),
+    }.get(stem, Sizes())
     try:
         with emulate(allow=ALLOW.get(stem, ())):
             launch._build.cache_clear()

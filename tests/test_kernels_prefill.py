@@ -1,12 +1,13 @@
 """The kernels of prompts: every boundary of theirs, against their definitions in the emulator."""
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gptoss.kernels.agreement import compare
+from mlx_gptoss.kernels.agreement import compare, excess, widened
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate
 
@@ -59,3 +60,70 @@ def test_dispatch_by_hand() -> None:
     assert found.inverse.tolist() == [3, 1, 0, 4, 5, 2]
     assert found.experts.tolist() == [0, 1, 2, 3, 3, 3]
     assert found.offsets.tolist() == [0, 1, 2, 3, 6, 6]
+
+
+def window_inputs(
+    tokens: int,
+    offset: int,
+    *,
+    heads: tuple[int, int] = (9, 3),
+    window: int = 96,
+    dtype: mx.Dtype = mx.float32,
+) -> dict[str, Any]:
+    """One row without padding; what was before position 0 is NaN."""
+
+    def normal(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+    rows = window + tokens
+    exists = (mx.arange(rows) >= window - offset)[:, None]
+    keys, values = (mx.where(exists, normal(1, heads[1], rows, 64), mx.nan) for _ in range(2))
+    return {
+        "q": normal(1, heads[0], tokens, 64),
+        "keys": keys.astype(dtype),
+        "values": values.astype(dtype),
+        "sinks": normal(heads[0]),
+        "scale": 0.19,
+        "offset": offset,
+        "start": None,
+    }
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("tokens", "offset"),
+    [(1, 500), (2, 95), (7, 94), (8, 96), (9, 97), (33, 0), (33, 95), (31, 63), (130, 1)],
+)
+def test_window_of_chunks(tokens: int, offset: int, order: Any) -> None:
+    """Of one token to several blocks of 8; begun before, at and after the end of the window."""
+    given = window_inputs(tokens, offset)
+    with emulate(order=order):
+        found = compare(KERNELS["attention_window_prefill"], given)
+    assert max(found) <= 1, found
+
+
+@pytest.mark.parametrize("distance", [126, 127, 128, -1])
+def test_window_edge(distance: int) -> None:
+    """A key 127 positions back is seen, one of 128 is not, nor one of the future."""
+    given = window_inputs(33, 300, heads=(8, 1), window=128)
+    ones = mx.ones_like(given["values"])
+    token = 32 if distance > 0 else 20
+    marked = mx.arange(33 + 128) == 128 + token - distance
+    given["values"] = mx.where(marked[:, None], ones, 0)
+    with emulate():
+        y = KERNELS["attention_window_prefill"].launch(**given)
+    assert (y[0, token, 0].item() != 0) == (0 <= distance < 128)
+
+
+def test_window_of_the_published_shape() -> None:
+    """Some threadgroups of a chunk of 520, in all KV heads."""
+    given = window_inputs(520, 4096, heads=(64, 8), window=128, dtype=mx.bfloat16)
+    kernel = KERNELS["attention_window_prefill"]
+    blocks, sampled = 520 // 8, 16
+    with emulate(mode="plain", threadgroups=sampled):
+        got = kernel.launch(**given).reshape(blocks, 8, 64, 64)
+    want = kernel.define(**widened(given)).reshape(blocks, 8, 64, 64)
+    for group in range(sampled):
+        plane, block = divmod(group * blocks * 8 // sampled, blocks)
+        heads = slice(8 * plane, 8 * plane + 8)
+        assert excess(got[block, :, heads], want[block, :, heads]) <= 1, (plane, block)

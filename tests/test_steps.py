@@ -118,4 +118,4 @@ def test_an_engine_of_emulated_kernels() -> None:
     with emulate(mode="plain") as session:
         one = engine(all_kernels())
         assert list(one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=8)) == expected
-    assert len(session.reports) == 7 * (6 + 7 + 3)
+    assert len(session.reports) == 7 * (6 + 7 + 3) + 1, "the prompt, in the sliding layer"

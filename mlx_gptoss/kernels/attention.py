@@ -1,8 +1,8 @@
-"""The attention kernels of a decode step, over a frozen and an append segment of K and V.
+"""The attention kernels: of a decode step over a frozen and an append segment, and of a chunk.
 
-Both are pairs of keys and values, (B, Hkv, rows, 64) each. The control row says which rows count:
-frozen rows [0, base) hold positions 0..base-1 (in a ring: row p % W holds position p), append rows
-[0, slot] hold positions base..base+slot, the last of them the current token's.
+The segments are pairs of keys and values, (B, Hkv, rows, 64) each. The control row says which rows
+count: frozen rows [0, base) hold positions 0..base-1 (in a ring: row p % W holds position p),
+append rows [0, slot] hold positions base..base+slot, the last of them the current token's.
 """
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ LOG2_E = 1.4426950408889634
 TILE = 32  # keys of a simdgroup's step
 DECODE_SIMDGROUPS = 4
 WINDOW_SIMDGROUPS = 8
+PREFILL_SIMDGROUPS = 8
 
 
 def splits_for(capacity: int) -> int:
@@ -36,15 +37,14 @@ def _segments(
         for part, array in zip(("keys", "values"), segment, strict=True):
             expect(stem, f"{name} {part}", array, (batch, kv_heads, count, HEAD_DIM), q.dtype)
     expect(stem, "control", control, (batch, CONTROL), mx.int32)
-    group = q_heads // kv_heads
-    require(
-        stem,
-        q_heads == group * kv_heads <= 8 * kv_heads,
-        "query heads",
-        f"a multiple of {kv_heads}, at most 8 for each KV head",
-        q_heads,
-    )
-    return kv_heads, group, rows
+    _require_heads(stem, q_heads, kv_heads)
+    return kv_heads, q_heads // kv_heads, rows
+
+
+def _require_heads(stem: str, q_heads: int, kv_heads: int) -> None:
+    good = q_heads % kv_heads == 0 and q_heads <= 8 * kv_heads
+    expected = f"a multiple of {kv_heads}, at most 8 for each KV head"
+    require(stem, good, "query heads", expected, q_heads)
 
 
 def _named(name: str, segment: Segment) -> dict[str, mx.array]:
@@ -173,5 +173,67 @@ def attention_window(
         body=body,
         groups=(kv_heads, batch, 1),
         threads=32 * WINDOW_SIMDGROUPS,
+    )
+    return y
+
+
+def attention_window_prefill(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    sinks: mx.array,
+    *,
+    scale: float,
+    offset: int,
+    start: mx.array | None,
+) -> mx.array:
+    """Attention of a chunk, each token over the last W positions, itself included.
+
+    Args:
+        q: (B, Hq, T, 64), at positions offset..offset+T-1.
+        keys: (B, Hkv, W + T, 64) in the type of q: the W positions before `offset` (anything, where
+            there are none) and the new ones.
+        values: as `keys`.
+        sinks: (Hq,), at least 8.
+        scale: of q . k.
+        offset: position of the first query.
+        start: (B,) int32, first position of each row that is not padding; None without padding.
+
+    Returns:
+        (B, T, Hq*64) in the type of q.
+    """
+    stem = "attention_window_prefill"
+    (batch, heads, tokens, _), (kv_heads, rows) = q.shape, keys.shape[1:3]
+    window, group = rows - tokens, heads // kv_heads
+    expect(stem, "q", q, (batch, heads, tokens, HEAD_DIM), *FLOATS)
+    for name, array in (("keys", keys), ("values", values)):
+        expect(stem, name, array, (batch, kv_heads, rows, HEAD_DIM), q.dtype)
+    expect(stem, "sinks", sinks, (heads,), *FLOATS)
+    _require_heads(stem, heads, kv_heads)
+    require(stem, heads >= 8, "query heads", "at least 8 (MLX passes fewer as `constant`)", heads)
+    good = window > 0 and window % TILE == 0
+    require(stem, good, "keys", f"T and a multiple of {TILE} before", rows)
+    first = mx.zeros((batch,), mx.int32) if start is None else start
+    chunk_bytes = 16
+    row_chunks = HEAD_DIM * q.dtype.size // chunk_bytes + 1
+    body = (
+        f"threadgroup uint4 tiles[{2 * TILE * row_chunks}];\n"
+        f"attention_window_prefill<{kv_heads}, {group}, {window}, {PREFILL_SIMDGROUPS}>(q, keys, "
+        f"values, sinks, first, y, tiles, {number(scale * LOG2_E)}, q_shape[2], $tile, $thread_id, "
+        "$lane, $group);"
+    )
+    (y,) = launch(
+        stem,
+        {
+            "q": q,
+            "keys": keys,
+            "values": values,
+            "sinks": sinks,
+            "first": (first + (window - offset)).astype(mx.int32),
+        },
+        {"y": ((batch, tokens, heads * HEAD_DIM), q.dtype)},
+        body=body,
+        groups=(-(-tokens // PREFILL_SIMDGROUPS), kv_heads, batch),
+        threads=32 * PREFILL_SIMDGROUPS,
     )
     return y

@@ -39,7 +39,7 @@ class Sizes:
     base: int = 461
     slot: int = 37
     splits: int = 3
-    tokens: int = 131
+    tokens: int = 67
 
 
 class Inputs:
@@ -186,6 +186,30 @@ def attention_window(make: Inputs) -> Arguments:
         "sinks": make.normal(s.q_heads),
         "control": found["control"],
         "scale": 0.17,
+    }
+
+
+def attention_window_prefill(make: Inputs) -> Arguments:
+    """Inputs of `kernels.attention_window_prefill`: rows begin before, in and after the window.
+
+    The rows before position 0 or in the padding hold NaN.
+    """
+    s, offset = make.sizes, make.sizes.base
+    start = mx.array([max(0, offset - 120 + 50 * row) for row in range(s.batch)], mx.int32)
+    rows = s.window + s.tokens
+    exists = (mx.arange(rows) + (offset - s.window) >= start[:, None])[:, None, :, None]
+    nan = mx.array(mx.nan, dtype=make.dtype)
+    keys, values = (
+        mx.where(exists, make.normal(s.batch, s.kv_heads, rows, 64), nan) for _ in range(2)
+    )
+    return {
+        "q": make.normal(s.batch, s.q_heads, s.tokens, 64),
+        "keys": keys,
+        "values": values,
+        "sinks": make.normal(s.q_heads),
+        "scale": 0.17,
+        "offset": offset,
+        "start": start,
     }
 
 

@@ -107,6 +107,22 @@ def attention_window(
     return reference.attention(q[:, :, None], [ring, append], visible, sinks, scale=scale)[:, 0]
 
 
+def attention_window_prefill(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    sinks: mx.array,
+    *,
+    scale: float,
+    offset: int,
+    start: mx.array | None,
+) -> mx.array:
+    """See `kernels.attention_window_prefill`."""
+    return reference.attention_window_prefill(
+        q, keys, values, sinks, scale=scale, offset=offset, start=start
+    )
+
+
 def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
     """See `kernels.out_residual`."""
     return reference.out_residual(x, matrix, residual)

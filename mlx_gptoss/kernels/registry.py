@@ -50,7 +50,12 @@ def _softmax(outputs: list[mx.array], arguments: Arguments) -> list[mx.array]:
 
 
 _WRAPPERS: dict[ModuleType, tuple[str, ...]] = {
-    attention: ("attention_decode", "attention_reduce", "attention_window"),
+    attention: (
+        "attention_decode",
+        "attention_reduce",
+        "attention_window",
+        "attention_window_prefill",
+    ),
     experts: ("expert_dispatch", "experts_down", "experts_swiglu"),
     projections: ("embed", "norm_qkv_rope", "out_residual", "route"),
     sampling: ("sample_token", "unembed"),
