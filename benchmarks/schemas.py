@@ -31,7 +31,7 @@ from json_schemas import (
     streamed,
 )
 
-MAX_TOKENS = 200
+MAX_TOKENS = 120
 
 
 def main() -> None:
