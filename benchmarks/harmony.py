@@ -3,18 +3,17 @@
     python benchmarks/harmony.py
 
 The parser's target is 10 us a token. openai-harmony, where it is installed, is timed in the same
-run on the same tokens. The last line is one JSON object.
+run on the same tokens. CPU seconds beside the clock's say more where others share the cores. The
+last line is one JSON object.
 """
 
-import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import machine
 
 from mlx_gptoss.harmony import (
     DeveloperContent,
@@ -37,23 +36,17 @@ STREAM = (
 )
 
 
-def timed(work: Callable[[], object]) -> list[float]:
-    """Seconds of ROUNDS runs, after one that is not counted."""
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
-
-
-def row(name: str, seconds: list[float], *, per: int, unit: str) -> dict[str, object]:
-    """Print and return median, smallest and largest time of one of `per` things, in us."""
-    each = sorted(s / per * 1e6 for s in seconds)
-    found = {"name": name, "unit": unit, "median": round(statistics.median(each), 3)}
-    found |= {"min": round(each[0], 3), "max": round(each[-1], 3)}
-    print(f"{name:34} {found['median']:>10} {unit}   ({found['min']} .. {found['max']})")
-    return found
+def timed(name: str, work: Callable[[], object], *, tokens: int) -> dict[str, Any]:
+    """Run once and then ROUNDS times, print the time of a token and return it, in us."""
+    work()
+    timer = machine.Timer()
+    for _ in range(ROUNDS):
+        timer.time(work)
+    row: dict[str, Any] = {"name": name, "unit": "us/token"}
+    for clock, seconds in (("wall", timer.wall_s), ("cpu", timer.cpu_s)):
+        row[clock] = machine.Spread.of([s / tokens * 1e6 for s in seconds])
+        print(f"{name:32} {clock:4} {row[clock].line('us/token')}")
+    return row
 
 
 def parse(tokens: list[int]) -> None:
@@ -84,42 +77,38 @@ def parse_upstream(tokens: list[int]) -> Callable[[], None] | None:
     return work
 
 
-def load_time() -> list[float]:
-    """Seconds from nothing to the first encoded text, each in a new process."""
+def load_time() -> dict[str, Any]:
+    """Print and return the seconds to the first encoded text, in new processes."""
     code = (
         "import time; import mlx_gptoss.vocabulary as v; begin = time.perf_counter(); "
         "v.load_vocabulary().encode('Hello'); print(time.perf_counter() - begin)"
     )
     run = [sys.executable, "-c", code]
-    return [float(subprocess.check_output(run)) for _ in range(5)]
+    spread = machine.Spread.of([float(subprocess.check_output(run)) for _ in range(5)])
+    name = "load vocabulary, first encode"
+    print(f"{name:32} wall {spread.line('s')}")
+    return {"name": name, "unit": "s", "wall": spread}
 
 
 def main() -> None:
     """Run all rows."""
     tokens = load_vocabulary().encoding.encode(STREAM, allowed_special="all")
-    rows = [row("parse", timed(lambda: parse(tokens)), per=len(tokens), unit="us/token")]
+    rows = [timed("parse", lambda: parse(tokens), tokens=len(tokens))]
     if upstream := parse_upstream(tokens):
-        seconds = timed(upstream)
-        rows.append(row("parse, openai-harmony", seconds, per=len(tokens), unit="us/token"))
+        rows.append(timed("parse, openai-harmony", upstream, tokens=len(tokens)))
     messages = [
         system(SystemContent(date="2026-01-01")),
         developer(DeveloperContent(instructions=TEXT)),
         user(TEXT),
     ]
-    count = len(render_conversation_for_completion(messages))
-    seconds = timed(lambda: render_conversation_for_completion(messages))
-    rows.append(row("render", seconds, per=count, unit="us/token"))
-    rows.append(row("load vocabulary, first encode", load_time(), per=1, unit="us"))
-    record = {
-        "benchmark": "harmony",
-        "machine": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "tiktoken": version("tiktoken"),
-        "tokens": len(tokens),
-        "rows": rows,
-    }
-    print(json.dumps(record))
+    prompt = render_conversation_for_completion(messages)
+    rows.append(
+        timed("render", lambda: render_conversation_for_completion(messages), tokens=len(prompt))
+    )
+    rows.append(load_time())
+    machine.finish(
+        machine.record("harmony", {"tokens": len(tokens), **{row.pop("name"): row for row in rows}})
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mlx", "mlx-lm", "numpy", "torch", "transformers")
+PACKAGES = ("mlx", "mlx-lm", "numpy", "tiktoken", "llguidance", "torch", "transformers")
 GIB = 2**30
 
 
