@@ -13,12 +13,12 @@
 template <typename F, typename T, typename Tokens>
 METAL_FUNC void embed(Tokens token, F weight, device T* x, uint3 tile, uint lane, uint group) {
   const uint at = first_load<F>(group, lane);
-  typename F::Row row;
-  weight.read(uint(token[tile.x]), at, row);
+  typename F::Load row[F::loads];
+  UNROLL for (int i = 0; i < F::loads; i++) weight.read(uint(token[tile.x]), at + i * Split<F::columns>::lanes, row[i]);
   if (lane >= uint(Split<F::columns>::lanes)) return;
   UNROLL for (int i = 0; i < F::loads; i++) {
     float values[F::per_load];
-    F::unpack(row, i, values);
+    F::unpack(row[i], values);
     const uint column = (at + i * Split<F::columns>::lanes) * F::per_load;
     UNROLL for (int j = 0; j < F::per_load; j++) x[tile.x * F::columns + column + j] = T(values[j]);
   }

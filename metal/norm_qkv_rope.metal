@@ -5,8 +5,10 @@
 //            control (B,8) i32: position, base, slot; keys and values (B,HKV,ROWS,64) T
 // Output:    q (B,HQ,64) T; new_keys and new_values (B,HKV,ROWS,64) T: rows below slot copied, row slot new, rows
 //            above undefined
-// Grid:      (HQ + 2*HKV)*4 threadgroups of 16 rows, 8 pairs (d, d+32), then 2*HKV that copy one plane each; B deep.
-//            A threadgroup has one simdgroup for each third of D (matvec.h): small groups retire smoothly.
+// Grid:      (HQ + 2*HKV)*4 threadgroups of 16 rows, 8 pairs (d, d+32), then 2*HKV that copy one plane each.
+//            A threadgroup has one simdgroup for each third of D (matvec.h): small groups retire smoothly. In a batch a
+//            simdgroup has R = 2 vectors and a threadgroup up to 4 such blocks, 8 rows that read a weight together:
+//            12 simdgroups of 128 registers a thread are what a core holds. Deep enough for B.
 // Numerics:  float32 throughout, one rounding at the store; the norm's factor multiplies the finished sum. Angles are
 //            joined from two tables of float64 origin, so position 131,071 is as exact as position 1.
 // Requires:  D % 32 == 0 and whole simdgroups (matvec.h); slot < ROWS; checked in kernels.norm_qkv_rope.
@@ -15,57 +17,68 @@
 // Source:    our own; fusing rope and the K,V write after gpt-oss metal/source (Apache-2.0), see NOTICE.
 #include "matvec.h"
 
-template <int D, int HQ, int HKV, int ROWS, typename F, typename T, typename W, typename C>
+template <int D, int HQ, int HKV, int ROWS, int R, int BLOCKS, typename F, typename T, typename W, typename C>
 METAL_FUNC void norm_qkv_rope(
     const device T* x, const device W* norm, F wq, F wk, F wv, const device W* bq, const device W* bk,
-    const device W* bv, const device float* coarse, const device float* fine, const device C* control, const device T* keys,
-    const device T* values, device T* q, device T* new_keys, device T* new_values, threadgroup float* sums, float eps, uint3 tile, uint thread_id, uint lane, uint group) {
-  constexpr int groups = Split<D>::groups, threads = 32 * groups, heads = HQ + 2 * HKV;
-  const uint b = tile.y, slot = min(uint(control[b * 8 + 2]), uint(ROWS));
+    const device W* bv, const device float* coarse, const device float* fine, const device C* control,
+    const device T* keys, const device T* values, device T* q, device T* new_keys, device T* new_values,
+    threadgroup float* sums, float eps, uint batch, uint3 tile, uint thread_id, uint lane, uint group) {
+  constexpr int groups = Split<D>::groups, threads = 32 * groups * BLOCKS, heads = HQ + 2 * HKV, vectors = R * BLOCKS;
+  const uint from = tile.y * vectors;
   if (tile.x >= uint(4 * heads)) {
-    const uint plane = tile.x - 4 * heads, start = (b * HKV + plane % HKV) * ROWS * 64;
-    const device uint4* from = (const device uint4*)((plane < HKV ? keys : values) + start);
-    device uint4* to = (device uint4*)((plane < HKV ? new_keys : new_values) + start);
-    for (uint i = thread_id; i < slot * 64 * sizeof(T) / 16; i += threads) to[i] = from[i];
+    const uint plane = tile.x - 4 * heads;
+    for (uint b = from; b < (R == 1 ? from + 1 : min(from + vectors, batch)); b++) {
+      const uint start = (b * HKV + plane % HKV) * ROWS * 64, slot = min(uint(control[b * 8 + 2]), uint(ROWS));
+      const device uint4* old = (const device uint4*)((plane < HKV ? keys : values) + start);
+      device uint4* to = (device uint4*)((plane < HKV ? new_keys : new_values) + start);
+      for (uint i = thread_id; i < slot * 64 * sizeof(T) / 16; i += threads) to[i] = old[i];
+    }
     return;
   }
-  const uint head = tile.x / 4, low = tile.x % 4 * 8, at = first_load<F>(group, lane);
+  const uint head = tile.x / 4, low = tile.x % 4 * 8, block = group / groups * R, part = group % groups;
   const bool is_q = head < HQ, is_v = head >= HQ + HKV;
   const uint local = is_q ? head : is_v ? head - HQ - HKV : head - HQ;
   const F weight = is_q ? wq : is_v ? wv : wk;
-  const device W* bias = is_q ? bq : is_v ? bv : bk;
-  Lane<F> vector;
-  const float squares = simd_sum(stage_normed<F>(x + b * D, norm, at, lane, vector));
-  const float total = dot16<32>(weight, local * 64 + low, at, lane, vector);
-  if (lane % 2 == 0) sums[group * 16 + lane / 2] = total;
-  if (lane == 0) sums[groups * 16 + group] = squares;
+  const uint at = first_load<F>(part, lane);
+  Vectors<R, F> vector;
+  vector.stage(x, Normed<W>{norm}, from + block, batch, at, lane);
+  UNROLL for (int r = 0; r < R; r++) {
+    const float square = simd_sum(vector.squares[r]);
+    if (lane == 0) sums[((block + r) * groups + part) * 17 + 16] = square;
+  }
+  dot16<32>(weight, local * 64 + low, at, lane, vector, sums + (block * groups + part) * 17, groups * 17);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (thread_id >= 8) return;
-  float square = 0, first = 0, second = 0;
-  UNROLL for (int g = 0; g < groups; g++) {
-    square += sums[groups * 16 + g];
-    first += sums[g * 16 + thread_id];
-    second += sums[g * 16 + 8 + thread_id];
-  }
-  const float scale = metal::rsqrt(square / D + eps);
-  const uint d = low + thread_id;
-  first = fma(first, scale, float(bias[local * 64 + d]));
-  second = fma(second, scale, float(bias[local * 64 + d + 32]));
-  if (!is_v) {
-    const uint position = control[b * 8];
-    const device float* far = coarse + position / 128 * 64 + d;
-    const device float* near = fine + position % 128 * 64 + d;
-    const float cosine = far[0] * near[0] - far[32] * near[32], sine = far[32] * near[0] + far[0] * near[32];
-    const float turned = first;
-    first = turned * cosine - second * sine;
-    second = second * cosine + turned * sine;
-  }
-  if (is_q) {
-    q[(b * HQ + head) * 64 + d] = T(first);
-    q[(b * HQ + head) * 64 + d + 32] = T(second);
-  } else if (slot < uint(ROWS)) {
-    device T* row = (is_v ? new_values : new_keys) + ((b * HKV + local) * ROWS + slot) * 64;
-    row[d] = T(first);
-    row[d + 32] = T(second);
+  const device W* bias = is_q ? bq : is_v ? bv : bk;
+  for (uint i = thread_id; i < 8 * vectors; i += threads) {
+    const uint own = i / 8, pair = i % 8, b = from + own;
+    if (R > 1 && b >= batch) return;
+    float square = 0, first = 0, second = 0;
+    UNROLL for (int g = 0; g < groups; g++) {
+      const threadgroup float* sum = sums + (own * groups + g) * 17;
+      square += sum[16];
+      first += sum[pair];
+      second += sum[8 + pair];
+    }
+    const float scale = metal::rsqrt(square / D + eps);
+    const uint d = low + pair, slot = min(uint(control[b * 8 + 2]), uint(ROWS));
+    first = fma(first, scale, float(bias[local * 64 + d]));
+    second = fma(second, scale, float(bias[local * 64 + d + 32]));
+    if (!is_v) {
+      const uint position = control[b * 8];
+      const device float* far = coarse + position / 128 * 64 + d;
+      const device float* near = fine + position % 128 * 64 + d;
+      const float cosine = far[0] * near[0] - far[32] * near[32], sine = far[32] * near[0] + far[0] * near[32];
+      const float turned = first;
+      first = turned * cosine - second * sine;
+      second = second * cosine + turned * sine;
+    }
+    if (is_q) {
+      q[(b * HQ + head) * 64 + d] = T(first);
+      q[(b * HQ + head) * 64 + d + 32] = T(second);
+    } else if (slot < uint(ROWS)) {
+      device T* row = (is_v ? new_values : new_keys) + ((b * HKV + local) * ROWS + slot) * 64;
+      row[d] = T(first);
+      row[d + 32] = T(second);
+    }
   }
 }

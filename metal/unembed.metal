@@ -4,8 +4,9 @@
 // Inputs:    x (B,D) T; norm (D,) W; weight (V,D) in format F; allowed (V,) u8; control (B,8) i32: position, base, slot,
 //            seed low, seed high; temperature (B,8) f32, in column 0, 0 is greedy
 // Output:    logits (B,V) f32; best (B,V/64,4) f32: score, id, and over the allowed logits m = max, sum exp(logit - m)
-// Grid:      V/64 x B threadgroups of 64 rows in 4 rounds, one simdgroup for each third of D (matvec.h): 96 threads,
-//            3142 groups; 64 rows so that a group's one read of x and norm is 2% of its weights.
+// Grid:      V/64 threadgroups of 64 rows in 4 rounds, one simdgroup for each third of D (matvec.h): 96 threads,
+//            3142 groups; 64 rows so that a group's one read of x and norm is 2% of its weights. In a batch R = 2 vectors
+//            a simdgroup and up to 4 such blocks a threadgroup, as in norm_qkv_rope; deep enough for B.
 // Numerics:  float32 throughout; ids are exact in float32 (V < 2^24). The noise is sampling.gumbel's, bit for bit up to log.
 // Requires:  V % 64 == 0, V < 2^24; D fills whole simdgroups (matvec.h); checked in kernels.unembed.
 // Used when: a decode step ends.
@@ -29,38 +30,26 @@ METAL_FUNC float gumbel(uint low, uint high, uint position, uint id) {
   return -metal::log(exponential);
 }
 
-template <int D, int V, typename F, typename T, typename W>
-METAL_FUNC void unembed(
-    const device T* x, const device W* norm, F weight, const device uchar* allowed, const device int* control,
-    const device float* temperature, device float* logits, device float* best, threadgroup float* sums, float eps,
-    uint3 tile, uint lane, uint group) {
-  constexpr int groups = Split<D>::groups;
-  const uint at = first_load<F>(group, lane), b = tile.y;
-  Lane<F> values;
-  const float squares = simd_sum(stage_normed<F>(x + b * D, norm, at, lane, values));
-  if (lane == 0) sums[64 * groups + group] = squares;
-  for (uint first = 0; first < 64; first += 16) {
-    const float total = dot16<8>(weight, tile.x * 64 + first, at, lane, values);
-    if (lane % 2 == 0) sums[group * 64 + first + lane / 2] = total;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (group > 0) return;
+// The 64 logits of a vector in this threadgroup, and its candidate among them, by one simdgroup.
+template <int D, int V, int groups>
+METAL_FUNC void finish(
+    const threadgroup float* sums, const device uchar* allowed, const device int* control, float divisor,
+    device float* logits, device float* best, float eps, uint tile, uint lane) {
   float square = 0;
-  UNROLL for (int g = 0; g < groups; g++) square += sums[64 * groups + g];
-  const float scale = metal::rsqrt(square / D + eps), divisor = temperature[b * 8];
+  UNROLL for (int g = 0; g < groups; g++) square += sums[g * 65 + 64];
+  const float scale = metal::rsqrt(square / D + eps);
   float score = -INFINITY, own[2];
   uint id = V;
   UNROLL for (int i = 0; i < 2; i++) {
-    const uint row = lane + 32 * i, v = tile.x * 64 + row;
+    const uint row = lane + 32 * i, v = tile * 64 + row;
     float logit = 0;
-    UNROLL for (int g = 0; g < groups; g++) logit += sums[g * 64 + row];
+    UNROLL for (int g = 0; g < groups; g++) logit += sums[g * 65 + row];
     logit *= scale;
-    logits[ulong(b) * V + v] = logit;
+    logits[v] = logit;
     own[i] = allowed[v] ? logit : -INFINITY;
     float candidate = own[i];
     if (divisor > 0 && allowed[v])
-      candidate = logit / max(divisor, 1e-6f) +
-                  gumbel(uint(control[b * 8 + 3]), uint(control[b * 8 + 4]), uint(control[b * 8]) + 1, v);
+      candidate = logit / max(divisor, 1e-6f) + gumbel(uint(control[3]), uint(control[4]), uint(control[0]) + 1, v);
     id = candidate > score ? v : id;
     score = max(score, candidate);
   }
@@ -70,10 +59,35 @@ METAL_FUNC void unembed(
   UNROLL for (int i = 0; i < 2; i++) total += own[i] == -INFINITY ? 0.0f : metal::exp(own[i] - high);
   total = simd_sum(total);
   if (lane == 0) {
-    device float* out = best + (ulong(b) * (V / 64) + tile.x) * 4;
+    device float* out = best + tile * 4;
     out[0] = top;
     out[1] = float(id);
     out[2] = high;
     out[3] = total;
+  }
+}
+
+template <int D, int V, int R, int BLOCKS, typename F, typename T, typename W>
+METAL_FUNC void unembed(
+    const device T* x, const device W* norm, F weight, const device uchar* allowed, const device int* control,
+    const device float* temperature, device float* logits, device float* best, threadgroup float* sums, float eps,
+    uint batch, uint3 tile, uint lane, uint group) {
+  constexpr int groups = Split<D>::groups, vectors = R * BLOCKS;
+  const uint first = tile.y * vectors, block = group / groups * R, part = group % groups;
+  const uint at = first_load<F>(part, lane);
+  Vectors<R, F> values;
+  values.stage(x, Normed<W>{norm}, first + block, batch, at, lane);
+  UNROLL for (int r = 0; r < R; r++) {
+    const float square = simd_sum(values.squares[r]);
+    if (lane == 0) sums[((block + r) * groups + part) * 65 + 64] = square;
+  }
+  for (uint row = 0; row < 64; row += 16)
+    dot16<8>(weight, tile.x * 64 + row, at, lane, values, sums + (block * groups + part) * 65 + row, groups * 65);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint vector = group; vector < uint(vectors); vector += groups * BLOCKS) {
+    const uint b = first + vector;
+    if (R == 1 || b < batch)
+      finish<D, V, groups>(sums + vector * groups * 65, allowed, control + b * 8, temperature[b * 8], logits + ulong(b) * V,
+                           best + ulong(b) * (V / 64) * 4, eps, tile.x, lane);
   }
 }

@@ -241,11 +241,12 @@ FAULTS = [
     ("attention_window_prefill", "state.row == 0 ? 1.0f : 0.0f", "0.0f"),
     ("attention_window_prefill", "|| token >= tokens", ""),
     ("attention_reduce", "total = metal::fast::exp2(sink - top)", "total = 0"),
-    ("norm_qkv_rope", "i += threads) to[i] = from[i]", "i += threads) to[i] = from[0]"),
+    ("norm_qkv_rope", "i += threads) to[i] = old[i]", "i += threads) to[i] = old[0]"),
     ("norm_qkv_rope", "turned * sine", "first * sine"),
     ("norm_qkv_rope", "(plane < HKV ? keys : values)", "keys"),
-    ("route", "sums[4 * groups + group] = squares", "sums[4 * groups] = squares"),
-    ("unembed", "uint(control[b * 8]) + 1", "uint(control[b * 8])"),
+    ("route", "sums[(r * groups + group) * 5 + 4] = square", "sums[r * groups * 5 + 4] = square"),
+    ("unembed", "uint(control[0]) + 1", "uint(control[0])"),
+    ("out_residual", "n / rows * stride", "n / rows * 0"),
 ]  # fmt: skip
 
 

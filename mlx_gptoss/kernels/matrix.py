@@ -1,6 +1,7 @@
 """How a weight matrix enters a kernel: its arrays, its Metal type, and what it must look like."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -14,6 +15,40 @@ MXFP4_BLOCK = 32
 def simdgroups(columns: int) -> int:
     """Simdgroups that share the columns of a row, 32 columns a lane (`Split` in matvec.h)."""
     return -(-(columns // 32) // 32)
+
+
+MOST_SIMDGROUPS = 12  # of a threadgroup: with 128 registers a thread they fill a core's 208 KB
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """How the rows of a batch are cut for a dense kernel.
+
+    Attributes:
+        each: R, rows that a simdgroup multiplies by each weight it reads.
+        blocks: such blocks in a threadgroup, whose simdgroups read the same weights.
+        groups: threadgroups that share the batch.
+        batch: the Metal expression of B, read where a threadgroup has more than one row.
+    """
+
+    each: int
+    blocks: int
+    groups: int
+    batch: str
+
+    @property
+    def vectors(self) -> int:
+        """Rows of a threadgroup."""
+        return self.each * self.blocks
+
+
+def row_blocks(batch: int, columns: int) -> RowBlocks:
+    """Cut a batch into blocks of two rows, and the blocks evenly into threadgroups."""
+    if batch == 1:
+        return RowBlocks(each=1, blocks=1, groups=1, batch="1")
+    blocks = -(-batch // 2)
+    groups = -(-blocks // max(1, MOST_SIMDGROUPS // simdgroups(columns)))
+    return RowBlocks(each=2, blocks=-(-blocks // groups), groups=groups, batch="x_shape[0]")
 
 
 def require_columns(stem: str, name: str, columns: int) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_gptoss.kernels.launch import FLOATS, HEAD_DIM, expect, launch, number, require
-from mlx_gptoss.kernels.matrix import DenseMatrix, simdgroups
+from mlx_gptoss.kernels.matrix import DenseMatrix, row_blocks, simdgroups
 from mlx_gptoss.matrix import Matrix
 
 Segment = tuple[mx.array, mx.array]  # keys and values
 
+ROUTE_ROWS = 2  # of a threadgroup: they stay in registers for the store of y
 CONTROL = 8  # int32 columns: position, base, slot, seed low, seed high; 8 keep it in device space
 
 
@@ -88,12 +89,13 @@ def norm_qkv_rope(
         biases.append(f"b{name}")
     inputs |= {"coarse": rope[0], "fine": rope[1], "control": control}
     inputs |= {"keys": append[0], "values": append[1]}
-    groups = simdgroups(width)
+    groups, cut = simdgroups(width), row_blocks(batch, width)
     body = (
-        f"threadgroup float sums[{17 * groups}];\n"
-        f"norm_qkv_rope<{width}, {q_heads}, {kv_heads}, {rows}>(x, norm, {', '.join(weights)}, "
-        f"{', '.join(biases)}, coarse, fine, control, keys, values, q, new_keys, new_values, sums, "
-        f"{number(eps)}, $tile, $thread_id, $lane, $group);"
+        f"threadgroup float sums[{17 * groups * cut.vectors}];\n"
+        f"norm_qkv_rope<{width}, {q_heads}, {kv_heads}, {rows}, {cut.each}, {cut.blocks}>"
+        f"(x, norm, {', '.join(weights)}, {', '.join(biases)}, coarse, fine, control, keys, "
+        f"values, q, new_keys, new_values, sums, {number(eps)}, {cut.batch}, "
+        "$tile, $thread_id, $lane, $group);"
     )
     q, keys, values = launch(
         stem,
@@ -104,8 +106,8 @@ def norm_qkv_rope(
             "new_values": (segment, x.dtype),
         },
         body=body,
-        groups=((q_heads + 2 * kv_heads) * 4 + 2 * kv_heads, batch, 1),
-        threads=32 * groups,
+        groups=((q_heads + 2 * kv_heads) * 4 + 2 * kv_heads, cut.groups, 1),
+        threads=32 * groups * cut.blocks,
     )
     return q, (keys, values)
 
@@ -130,19 +132,19 @@ def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
     assert matrix.bias is not None
     expect(stem, "bias", matrix.bias, (width,), *FLOATS)
     inputs = {"x": x, **weight.inputs, "bias": matrix.bias, "residual": residual}
-    groups = simdgroups(columns)
+    groups, cut = simdgroups(columns), row_blocks(batch, columns)
     body = (
-        f"threadgroup float sums[{16 * groups}];\n"
-        f"out_residual<{width}, {columns}>(x, {weight.value}, bias, residual, y, sums, "
-        "$tile, $thread_id, $lane, $group);"
+        f"threadgroup float sums[{16 * groups * cut.vectors}];\n"
+        f"out_residual<{width}, {columns}, {cut.each}, {cut.blocks}>(x, {weight.value}, bias, "
+        f"residual, y, sums, {cut.batch}, $tile, $thread_id, $lane, $group);"
     )
     (y,) = launch(
         stem,
         inputs,
         {"y": ((batch, width), x.dtype)},
         body=body,
-        groups=(width // 16, batch, 1),
-        threads=32 * groups,
+        groups=(width // 16, cut.groups, 1),
+        threads=32 * groups * cut.blocks,
     )
     return y
 
@@ -168,18 +170,18 @@ def route(x: mx.array, norm: mx.array, router: Matrix, *, eps: float) -> tuple[m
     assert router.bias is not None
     expect(stem, "bias", router.bias, (experts,), norm.dtype)
     inputs = {"x": x, "norm": norm, **weight.inputs, "bias": router.bias}
-    groups = simdgroups(width)
+    groups, each = simdgroups(width), min(batch, ROUTE_ROWS)
     body = (
-        f"threadgroup float sums[{5 * groups}];\n"
-        f"route<{width}, {experts}>(x, norm, {weight.value}, bias, y, logits, sums, {number(eps)}, "
-        "$tile, $thread_id, $lane, $group);"
+        f"threadgroup float sums[{5 * groups * each}];\n"
+        f"route<{width}, {experts}, {each}>(x, norm, {weight.value}, bias, y, logits, sums, "
+        f"{number(eps)}, {'x_shape[0]' if each > 1 else 1}, $tile, $thread_id, $lane, $group);"
     )
     y, logits = launch(
         stem,
         inputs,
         {"y": ((batch, width), x.dtype), "logits": ((batch, experts), mx.float32)},
         body=body,
-        groups=(experts // 4, batch, 1),
+        groups=(experts // 4, -(-batch // each), 1),
         threads=32 * groups,
     )
     return y, logits

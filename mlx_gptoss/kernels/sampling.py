@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_gptoss.kernels.launch import FLOATS, expect, launch, number, require
-from mlx_gptoss.kernels.matrix import DenseMatrix, simdgroups
+from mlx_gptoss.kernels.matrix import DenseMatrix, row_blocks, simdgroups
 from mlx_gptoss.kernels.projections import CONTROL
 from mlx_gptoss.matrix import Matrix
 
@@ -47,11 +47,12 @@ def unembed(
     weight = DenseMatrix(stem, "head", matrix, rows=vocabulary, columns=width)
     inputs = {"x": x, "norm": norm, **weight.inputs, "allowed": allowed}
     inputs |= {"control": control, "temperature": temperature}
-    groups = simdgroups(width)
+    groups, cut = simdgroups(width), row_blocks(batch, width)
     body = (
-        f"threadgroup float sums[{65 * groups}];\n"
-        f"unembed<{width}, {vocabulary}>(x, norm, {weight.value}, allowed, control, temperature, "
-        f"logits, best, sums, {number(eps)}, $tile, $lane, $group);"
+        f"threadgroup float sums[{65 * groups * cut.vectors}];\n"
+        f"unembed<{width}, {vocabulary}, {cut.each}, {cut.blocks}>(x, norm, {weight.value}, "
+        f"allowed, control, temperature, logits, best, sums, {number(eps)}, {cut.batch}, "
+        "$tile, $lane, $group);"
     )
     logits, best = launch(
         stem,
@@ -61,8 +62,8 @@ def unembed(
             "best": ((batch, vocabulary // TILE, 4), mx.float32),
         },
         body=body,
-        groups=(vocabulary // TILE, batch, 1),
-        threads=32 * groups,
+        groups=(vocabulary // TILE, cut.groups, 1),
+        threads=32 * groups * cut.blocks,
     )
     return logits, best
 

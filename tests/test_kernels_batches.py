@@ -1,0 +1,82 @@
+"""Rows of a batch: each has the bits that it has alone, whoever else is there, and where it is."""
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_kernels_sources import PUBLISHED, metal_text
+
+from mlx_gptoss.kernels.agreement import flattened
+from mlx_gptoss.kernels.cases import Arguments, Dense, Inputs, Sizes
+from mlx_gptoss.kernels.matrix import row_blocks
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.metal.emulator import emulate, ptx
+
+OF_A_ROW = ("x", "control", "append", "residual", "logits", "temperature", "h")
+SIZES = replace(Sizes(), capacity=320, base=310, vocab=192, slot=0, rows=1)
+
+
+def rows(arguments: Arguments, chosen: list[int]) -> Arguments:
+    """The arguments of some rows of a batch, in another order."""
+
+    def cut(value: Any) -> Any:
+        return tuple(map(cut, value)) if isinstance(value, tuple) else value[mx.array(chosen)]
+
+    return {name: cut(v) if name in OF_A_ROW else v for name, v in arguments.items()}
+
+
+def launched(stem: str, arguments: Arguments) -> list[np.ndarray]:
+    """The bits of each output."""
+    with emulate(mode="plain"):
+        outputs = flattened(KERNELS[stem].launch(**arguments))
+    return [np.array(o.view(mx.uint16 if o.itemsize == 2 else mx.uint32)) for o in outputs]
+
+
+@pytest.mark.parametrize(
+    ("stem", "dtype", "dense"),
+    [
+        ("norm_qkv_rope", mx.bfloat16, "q8"),
+        ("out_residual", mx.bfloat16, "plain"),
+        ("out_residual", mx.bfloat16, "q4"),
+        ("route", mx.bfloat16, "plain"),
+        ("unembed", mx.float16, "q8"),
+    ],
+)
+def test_a_row_has_the_same_bits_in_any_company(stem: str, dtype: mx.Dtype, dense: Dense) -> None:
+    """Alone, at either end of an odd batch, and in either threadgroup of a larger one."""
+    sizes = replace(SIZES, batch=13, hidden=2048)
+    given = KERNELS[stem].case(Inputs(sizes, dtype=dtype, dense=dense))
+    alone = [launched(stem, rows(given, [b])) for b in (3, 12)]
+    for company in ([12, 7, 3], [*range(13)]):
+        together = launched(stem, rows(given, company))
+        for b, wanted in zip((3, 12), alone, strict=True):
+            for got, want in zip(together, wanted, strict=True):
+                np.testing.assert_array_equal(got[company.index(b)], want[0])
+
+
+@pytest.mark.parametrize("columns", [96, 2880, 4096])
+def test_blocks_cover_every_batch(columns: int) -> None:
+    """With no empty threadgroup, and no more than two rows and 12 simdgroups beyond need."""
+    for batch in range(1, 40):
+        cut = row_blocks(batch, columns)
+        assert (cut.groups - 1) * cut.vectors < batch <= cut.groups * cut.vectors
+        assert batch == 1 or cut.blocks * -(-columns // 1024) <= 12
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
+@pytest.mark.parametrize("dense", ["plain", "q8", "q4"])
+@pytest.mark.parametrize("stem", ["norm_qkv_rope", "out_residual", "route", "unembed"])
+def test_threadgroups_fit_the_registers_of_a_core(
+    stem: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no array in memory: two rows a simdgroup, and as many simdgroups as there may be."""
+    sizes = replace(PUBLISHED, batch=32)
+    name, text = metal_text(stem, sizes, "bfloat16", dense, monkeypatch)
+    built = ptx.build(text, name)
+    assert (built.stack_bytes, built.spill_bytes) == (0, 0)
+    assert built.registers is not None
+    simdgroups = {"out_residual": 8, "route": 3}.get(stem, 12)
+    assert built.registers * 4 * 32 * simdgroups <= 208 * 1024
