@@ -4,6 +4,7 @@ Counts with `plan`, against what the GPU may use. A turn reserves the longest co
 so what was admitted cannot run out of memory later.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,9 +71,14 @@ class Memory:
     def free_bytes(self, contexts: list[int]) -> int:
         """What is left beside turns that reserved these contexts; negative if they do not fit."""
         plans = [replace(self._plan, context=context) for context in contexts]
-        scratch = max((max(p.prefill_bytes, p.decode_bytes) for p in plans), default=0)
         turns = sum(p.kv_bytes + p.snapshots * p.snapshot_bytes for p in plans)
-        return self.limit_bytes - self._weights_bytes - scratch - turns
+        return self.limit_bytes - self._weights_bytes - _scratch_bytes(plans) - turns
+
+
+def _scratch_bytes(plans: Sequence[MemoryPlan]) -> int:
+    """Of turns at once: in a round all of them decode, or one is fed while the others do."""
+    decode = sum(plan.decode_bytes for plan in plans)
+    return max([decode, *(decode - plan.decode_bytes + plan.prefill_bytes for plan in plans)])
 
 
 def memory_of(

@@ -39,6 +39,8 @@ class Scratch:
         window: float32 score arrays of a sliding layer.
         full: the same of a full layer, for each block of `QUERY_BLOCK` queries.
         full_most: of a whole chunk, whose blocks are computed together up to here.
+        append: append segments of compiled decode steps, of all layers: of the newest, of the one
+            it began from, and of a batch that is joined anew.
     """
 
     hidden: float
@@ -46,14 +48,15 @@ class Scratch:
     window: float
     full: float
     full_most: float
+    append: int
 
 
 # Measured with `mx.get_peak_memory` on the CPU, on models of 64 to 2880 columns, chunks of 128 to
 # 512 tokens. The CPU took experts in blocks of 32 tokens (8 now, which hold less). Metal takes them
 # all together, as the CPU did when its row was measured, and its fused attention holds no scores in
 # full layers.
-ON_CPU = Scratch(hidden=14.2, inter=17.4, window=3.7, full=2.2, full_most=9)
-ON_METAL = Scratch(hidden=39, inter=32, window=4.5, full=0, full_most=0)
+ON_CPU = Scratch(hidden=14.2, inter=17.4, window=3.7, full=2.2, full_most=9, append=0)
+ON_METAL = Scratch(hidden=39, inter=32, window=4.5, full=0, full_most=0, append=3)
 STREAM_BYTES_PER_HIDDEN = 9  # for each token and each of D columns: the residual stream
 LOGIT_ARRAYS = 5  # float32 arrays of V while a token is sampled
 
@@ -183,9 +186,10 @@ class MemoryPlan:
 
     @property
     def decode_bytes(self) -> int:
-        """Scratch of one decoded token: logits, and one layer's keys and values in float32."""
+        """Scratch of a decoded token: logits, one layer's keys and values in float32, appends."""
         wide = 2 * self.row_bytes * self.context
-        return self.batch * (LOGIT_ARRAYS * F32 * self.config.vocab_size + wide)
+        append = self.scratch.append * self.config.num_hidden_layers * RECENT * self.row_bytes
+        return self.batch * (LOGIT_ARRAYS * F32 * self.config.vocab_size + wide + append)
 
     @property
     def total_bytes(self) -> int:
