@@ -20,7 +20,7 @@ its Metal sources with these counters; no package installs its sources, so nothi
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,9 @@ def golden_cases() -> list[tuple[str, Dense]]:
     return [*cases, ("out_residual", "plain"), ("out_residual", "q4")]
 
 
-def table(rows: dict[str, Row]) -> str:
-    """Rows as text."""
-    heads = [f.name.removesuffix("_ratio") for f in fields(Row)]
+def table(rows: Mapping[str, Any]) -> str:
+    """Rows, all of one dataclass, as text."""
+    heads = [f.name.removesuffix("_ratio") for f in fields(next(iter(rows.values())))]
     first = max(map(len, rows))
     lines = [" " * first + "".join(f"  {head}" for head in heads)]
     for name, row in rows.items():
@@ -174,11 +174,14 @@ def main() -> None:
     ours["attention_decode 32k"] = measure("attention_decode", AT_32K, dense="plain")
     print(table(ours))
     from benchmarks.traffic_mlx import measure_mlx
+    from benchmarks.traffic_prefill import compare_chunks
 
     mlx = measure_mlx(MODEL, AT_32K)
     print("\nMLX's kernels on the same work\n" + table(mlx))
     print("\nOpenAI's, counted earlier:", json.dumps(OPENAI))
-    record = {"ours": ours, "mlx_lm": mlx}
+    chunks = compare_chunks()
+    print("\nSliding attention of a chunk; see traffic_prefill.py\n" + table(chunks))
+    record = {"ours": ours, "mlx_lm": mlx, "window_of_chunks": chunks}
     plain = {name: {n: asdict(r) for n, r in rows.items()} for name, rows in record.items()}
     print(json.dumps(plain | {"openai": OPENAI}))
 
