@@ -110,8 +110,9 @@ class Content:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file without its header."""
-        return sum(spec.nbytes for spec in self.specs.values())
+        """Size of the file."""
+        specs = self.specs
+        return len(safetensors_header(specs)) + sum(spec.nbytes for spec in specs.values())
 
     def pieces(self) -> Iterator[memoryview]:
         """The bytes of the file, in contiguous pieces."""

@@ -35,7 +35,7 @@ class Saved:
     """A state that was given to a folder.
 
     Attributes:
-        path: Its file; None before it was written, or if it could not be.
+        path: Its file; the one before it, if any, where it could not be written.
     """
 
     path: Path | None = None
@@ -126,10 +126,10 @@ class CacheFolder:
             assert entry is not None
             try:
                 windows = entry.load(cache, length)
-                os.utime(entry.path)
             except (OSError, CacheError) as error:
                 self._give_up(name, error)
                 continue
+            _mark_used(entry.path)
             last = max(entry.ledger.positions, default=length + 1)
             return Found(length, windows, Saved(entry.path) if length >= last else None)
 
@@ -138,8 +138,7 @@ class CacheFolder:
         self._look()
         for entry in self._entries.values():
             if entry is not None and entry.ledger.tokens == list(tokens):
-                with contextlib.suppress(OSError):
-                    os.utime(entry.path)
+                _mark_used(entry.path)
                 return True
         return False
 
@@ -151,9 +150,13 @@ class CacheFolder:
             replaces: An earlier state of the same conversation, removed once this one is written.
 
         Returns:
-            What the next state replaces; None if this one is larger than the folder may be.
+            What the next state replaces.
         """
         if content.nbytes > self._budget_bytes:
+            self._warn(
+                f"{self._folder}: a conversation of {content.nbytes} bytes is not kept there: "
+                f"expected at most {self._budget_bytes}"
+            )
             return replaces
         saved = Saved()
         with self._changed:
@@ -230,9 +233,9 @@ class CacheFolder:
                 self._changed.notify_all()
 
     def _write(self, job: _Job) -> None:
+        job.saved.path = old = job.replaces.path if job.replaces else None
         self._make_room(job.content.nbytes)
         job.saved.path = write(self._folder, self._identity, job.content)
-        old = job.replaces.path if job.replaces else None
         if old is not None and old != job.saved.path:
             old.unlink(missing_ok=True)
 
@@ -257,6 +260,11 @@ class CacheFolder:
         if text not in self._warned:
             self._warned.add(text)
             log.warning("%s", text)
+
+
+def _mark_used(path: Path) -> None:
+    with contextlib.suppress(OSError):  # another process removed it
+        os.utime(path)
 
 
 def open_folder(path: str | Path, model_folder: Path, model: Model) -> CacheFolder:

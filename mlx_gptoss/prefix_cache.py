@@ -150,6 +150,7 @@ class PrefixCache:
         if loaded := self._load(tokens, more_than=had):
             slot = loaded
             if slot.cache.offset == head:
+                slot.ledger.save(Rings.of(slot.cache))
                 self.share(slot)
         elif slot is not None and start is not None and start.length > shared.length:
             self._idle.remove(slot)
@@ -161,7 +162,7 @@ class PrefixCache:
                 slot.cache.restore(shared.state)
                 slot.ledger.feed(tokens[: shared.length])
                 slot.ledger.save(Rings.of(slot.cache))
-        slot.marks = (head, prompt.stable)
+        slot.marks = (head, prompt.stable) if self._budget_bytes or self._files else ()
         return slot
 
     def share(self, slot: Slot) -> None:

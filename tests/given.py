@@ -33,6 +33,7 @@ class WatchedModel:
 
     def __init__(self, model: Model):
         self.config: Any = model.config
+        self.dtype = model.dtype
         self.model, self.kernels, self.make_cache = model, model.kernels, model.make_cache
         self.before: Route = []
         self.last: Route = []

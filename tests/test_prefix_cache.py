@@ -5,6 +5,7 @@ turns have tools and reasoning; the logits behind it are the model's.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,20 @@ from given import (
     REASONING,
     GivenModel,
     Route,
+    WatchedModel,
     cold,
     new_model,
     size,
 )
 
-from mlx_gptoss.cache_folder import CacheFolder
+from mlx_gptoss import library
+from mlx_gptoss.cache_folder import CacheFolder, open_folder
 from mlx_gptoss.harmony import Channel, Message, ToolDescription, tool_result, user
-from mlx_gptoss.model import Model
+from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.prefix_cache import MOST_SAVED
 from mlx_gptoss.runtime import Runtime
 from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
 
 GREEDY = SamplingParams(temperature=0)
@@ -92,13 +96,15 @@ def talk(respond: Respond) -> None:
         step((REASONING + ANSWER).format(number, number))
 
 
-def check_cold(model: Model, first: tuple[Route, np.ndarray], prompt_tokens: int) -> None:
+def check_cold(
+    model: Model, first: tuple[Route, np.ndarray], prompt_tokens: int, *, atol: float = 2e-4
+) -> None:
     """Compare the logits at the end of a prompt with those of a model that has nothing cached."""
     route, logits = first
     assert sum(len(piece) for _, piece in route) == prompt_tokens
     same, whole = cold(model, route)
     assert np.array_equal(logits, same), f"{prompt_tokens} tokens"
-    np.testing.assert_allclose(logits, whole, atol=2e-4, rtol=0)
+    np.testing.assert_allclose(logits, whole, atol=atol, rtol=0)
 
 
 def ask(runtime: Runtime, messages: list[Message]) -> Reply:
@@ -106,43 +112,106 @@ def ask(runtime: Runtime, messages: list[Message]) -> Reply:
 
 
 def test_twenty_turns_with_tools_compute_what_the_rule_predicts_and_the_same_bits(
-    opened: Callable[..., Opened], cold_model: Model
+    opened: Callable[..., Opened], cold_model: Model, tmp_path: Path
 ) -> None:
-    runtime, model = opened()
+    """Every second reply is another runtime's, which knows of the others from the folder alone."""
+    files = partial(CacheFolder, tmp_path, identity="0" * 16)
+    runtime, model = opened(files=lambda _: files())
     lengths = []
 
     def respond(messages: list[Message], script: str) -> Reply:
+        nonlocal runtime, model
+        if len(lengths) % 2:
+            runtime.close()
+            route = model.last
+            runtime, model = opened(files=lambda _: files())
+            model.before = route
         model.script = script
         reply = ask(runtime, messages)
         lengths.append(reply.usage.prompt_tokens)
-        if len(lengths) % 8 == 3:
+        if len(lengths) in (3, 10, 19, 28, 35, 38):
             check_cold(cold_model, model.first, lengths[-1])
         return reply
 
     talk(respond)
     assert len(lengths) == 39 and lengths[-1] > 3 * 128
-
-
-def test_twenty_turns_in_a_process_each_are_the_same(
-    opened: Callable[..., Opened], cold_model: Model, tmp_path: Path
-) -> None:
-    """The runtime is closed before every reply: what it knows of the others is in the folder."""
-    route: Route = []
-    count = 0
-
-    def respond(messages: list[Message], script: str) -> Reply:
-        nonlocal route, count
-        runtime, model = opened(files=lambda _: CacheFolder(tmp_path, identity="0" * 16))
-        model.script, model.before = script, route
-        reply = ask(runtime, messages)
-        runtime.close()
-        route, count = model.last, count + 1
-        if count % 8 == 4:
-            check_cold(cold_model, model.first, reply.usage.prompt_tokens)
-        return reply
-
-    talk(respond)
+    runtime.close()
     assert len(list(tmp_path.iterdir())) == 2, "the instructions, and the conversation"
+
+
+DEMO_QUESTIONS = [
+    "What is the capital of France?",
+    "Hello!",
+    "What is the opposite of hot?",
+    "What is the capital of Spain?",
+    "Thank you!",
+    "What is the opposite of big?",
+    "What color is the sky?",
+    "What is the capital of Italy?",
+]
+TOOL_QUESTIONS = ["What is the weather in Paris?", "What is 12 + 30?"]
+
+
+def get_weather(city: str) -> str:
+    """Get the weather of a city."""
+    return f'{{"temperature":{len(city)},"sky":"windy"}}'
+
+
+def add(a: float, b: float) -> float:
+    """Add two numbers."""
+    return a + b
+
+
+def test_twenty_turns_of_the_demo_with_tools_and_restarts(tmp_path: Path) -> None:
+    """What it says is sampled; after 7 and after 14 turns another runtime goes on."""
+    folder = library.find_model("demo")
+    functions = {"get_weather": get_weather, "add": add}
+    tools = [describe(function) for function in functions.values()]
+    route: Route = []
+    messages: list[Message] = []
+    turn: list[Message] = []
+    calls = 0
+    for number in range(20):
+        if number % 7 == 0:
+            model = WatchedModel(load_model(folder, dtype="float32"))
+            model.before = route
+            runtime = Runtime(
+                lambda model=model: harmony_engine(model),  # type: ignore[arg-type]
+                files=partial(open_folder, tmp_path, folder),
+            )
+        texts = DEMO_QUESTIONS if number < 15 else TOOL_QUESTIONS
+        question = user(texts[number % len(texts)])
+        expected = kept_of(turn, question) if turn else 0
+        turn = [question]
+        while True:
+            reply = runtime.respond(
+                [*messages, *turn], tools=tools, reasoning="low", sampling=GREEDY
+            )
+            computed = reply.usage.prompt_tokens - reply.usage.cached_tokens
+            assert computed == (expected or reply.usage.prompt_tokens), number
+            if number == 7:
+                check_cold(model.model, model.first, reply.usage.prompt_tokens, atol=1e-2)
+            turn += reply.messages
+            if not reply.tool_calls:
+                break
+            [made] = reply.tool_calls
+            result = call(functions[made.name], made.arguments)
+            turn.append(tool_result(made.recipient, result))
+            expected, calls = 1 + size(turn[-1]) + HEADER, calls + 1
+        messages += turn
+        route = model.last
+        if number % 7 == 6 or number == 19:
+            runtime.close()
+    assert calls and reply.usage.prompt_tokens > 3 * 128
+
+
+def kept_of(turn: list[Message], question: Message) -> int:
+    """Tokens to compute after a turn: what follows its first reasoning, which is dropped."""
+    reasoned = [m.channel == Channel.ANALYSIS for m in turn]
+    if not any(reasoned):
+        return 1 + size(question) + HEADER  # <|return|>, sampled and not fed
+    rest = turn[reasoned.index(True) :]
+    return size(*(m for m in rest if m.channel != Channel.ANALYSIS), question) + HEADER
 
 
 def test_instructions_seen_before_serve_another_conversation(

@@ -1,12 +1,14 @@
 """`mlx-gptoss chat`: a conversation in the terminal."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_gptoss.cli.console import note
 from mlx_gptoss.cli.options import (
+    cache_dir_option,
     chosen_model,
     embedding_option,
     max_tokens_option,
@@ -43,6 +45,7 @@ Ctrl-C stops an answer and keeps the chat."""
 @click.option("--system", metavar="TEXT", help="Instructions that stand above the chat.")
 @max_tokens_option("of one answer")
 @sampling_options
+@cache_dir_option
 @click.option("--show-reasoning", is_flag=True, help="Print the reasoning to stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics or notes.")
 def chat(
@@ -53,6 +56,7 @@ def chat(
     system: str | None,
     max_tokens: int | None,
     sampling: "SamplingParams",
+    cache_dir: Path | None,
     show_reasoning: bool,
     quiet: bool,
 ) -> None:
@@ -65,7 +69,8 @@ def chat(
     from mlx_gptoss.runtime import Runtime
 
     model = chosen_model(model, quiet=quiet)
-    with Runtime.open(model, embedding=embedding) as runtime, open_lines() as lines:
+    opened = Runtime.open(model, embedding=embedding, cache_dir=cache_dir)
+    with opened as runtime, open_lines() as lines:
         session = Session(
             runtime,
             reasoning=reasoning,

@@ -2,13 +2,17 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_gptoss.cli.console import Progress, note
 from mlx_gptoss.cli.options import (
+    cache_dir_option,
     chosen_model,
     embedding_option,
     max_tokens_option,
@@ -19,6 +23,8 @@ from mlx_gptoss.cli.options import (
 
 if TYPE_CHECKING:
     from mlx_gptoss.engine import Engine
+    from mlx_gptoss.harmony.ledger import Prompt
+    from mlx_gptoss.prefix_cache import PrefixCache, Slot
     from mlx_gptoss.sampling import SamplingParams
     from mlx_gptoss.table import EmbeddingPlace
     from mlx_gptoss.turn import Turn
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="Instructions that stand above the prompt.")
 @max_tokens_option("to generate")
 @sampling_options
+@cache_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--raw", is_flag=True, help="Print the sampled tokens with their harmony markers.")
 @click.option("--show-reasoning", is_flag=True, help="Print the reasoning to stderr.")
@@ -45,6 +52,7 @@ def generate(
     system: str | None,
     max_tokens: int | None,
     sampling: "SamplingParams",
+    cache_dir: Path | None,
     as_json: bool,
     raw: bool,
     show_reasoning: bool,
@@ -60,15 +68,18 @@ def generate(
         raise click.UsageError("--show-reasoning: --raw and --json hold the reasoning anyway")
     text = _prompt_text(prompt)
     model = chosen_model(model, quiet=quiet)
-    prompt_tokens = _render(text, system=system, reasoning=reasoning)
-    max_tokens = _granted(model, embedding, prompt_tokens, max_tokens)
-    engine, load_s = _load(model, embedding)
-    turn = _turn(engine, prompt_tokens, sampling, max_tokens, quiet)
-    if as_json:
-        click.echo(_json(turn, model, load_s))
-    else:
-        _print(turn, raw=raw, show_reasoning=show_reasoning)
-    _report(turn, quiet=quiet)
+    rendered = _render(text, system=system, reasoning=reasoning)
+    max_tokens = _granted(model, embedding, rendered, max_tokens)
+    folder, engine, load_s = _load(model, embedding)
+    with _prefixes(engine, folder, cache_dir) as prefixes:
+        turn, slot = _turn(engine, rendered, prefixes, sampling, max_tokens, quiet)
+        if as_json:
+            click.echo(_json(turn, model, load_s))
+        else:
+            _print(turn, raw=raw, show_reasoning=show_reasoning)
+        _report(turn, quiet=quiet)
+        slot.note((*rendered.tokens, *turn.tokens))
+        prefixes.give_back(slot)
 
 
 def _prompt_text(prompt: str | None) -> str:
@@ -85,7 +96,7 @@ def _prompt_text(prompt: str | None) -> str:
 
 
 def _granted(
-    name: str, embedding: "EmbeddingPlace", prompt: list[int], max_tokens: int | None
+    name: str, embedding: "EmbeddingPlace", prompt: "Prompt", max_tokens: int | None
 ) -> int | None:
     """`max_tokens`, or as many as the memory has room for; what does not fit is refused."""
     from mlx_gptoss.library import find_model
@@ -94,12 +105,13 @@ def _granted(
     memory = memory_of(find_model(name), limit_bytes=None, embedding=embedding)
     if memory is None:
         return max_tokens
-    context = memory.grant(len(prompt), max_tokens)
-    return max(1, context - len(prompt)) if max_tokens is None else max_tokens
+    count = len(prompt.tokens)
+    context = memory.grant(count, max_tokens)
+    return max(1, context - count) if max_tokens is None else max_tokens
 
 
-def _load(name: str, embedding: "EmbeddingPlace") -> "tuple[Engine, float]":
-    """The engine of a model, and how long loading took."""
+def _load(name: str, embedding: "EmbeddingPlace") -> "tuple[Path, Engine, float]":
+    """The folder and the engine of a model, and how long loading took."""
     from mlx_gptoss.library import find_model, kernel_record
     from mlx_gptoss.model import load_model
     from mlx_gptoss.turn import harmony_engine
@@ -107,12 +119,27 @@ def _load(name: str, embedding: "EmbeddingPlace") -> "tuple[Engine, float]":
     folder = find_model(name)
     began = time.perf_counter()
     model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
-    return harmony_engine(model), time.perf_counter() - began
+    return folder, harmony_engine(model), time.perf_counter() - began
 
 
-def _render(text: str, *, system: str | None, reasoning: str) -> list[int]:
-    """Prompt tokens; today's date is told, as the models were trained with one."""
+@contextmanager
+def _prefixes(engine: "Engine", folder: Path, cache_dir: Path | None) -> "Iterator[PrefixCache]":
+    """What earlier runs computed, if they kept it; nothing is kept in memory for later turns."""
+    from mlx_gptoss.cache_folder import open_folder
+    from mlx_gptoss.prefix_cache import PrefixCache
+
+    files = open_folder(cache_dir, folder, engine.model) if cache_dir is not None else None
+    prefixes = PrefixCache(engine.model.make_cache, budget_bytes=0, files=files)
+    try:
+        yield prefixes
+    finally:
+        prefixes.close()
+
+
+def _render(text: str, *, system: str | None, reasoning: str) -> "Prompt":
+    """The prompt; today's date is told, as the models were trained with one."""
     from mlx_gptoss import harmony
+    from mlx_gptoss.harmony.ledger import prepare_prompt
 
     content = harmony.SystemContent(
         effort=harmony.ReasoningEffort(reasoning), date=date.today().isoformat()
@@ -120,26 +147,38 @@ def _render(text: str, *, system: str | None, reasoning: str) -> list[int]:
     messages = [harmony.system(content)]
     if system:
         messages.append(harmony.developer(harmony.DeveloperContent(instructions=system)))
-    return harmony.render_conversation_for_completion([*messages, harmony.user(text)])
+    return prepare_prompt([*messages, harmony.user(text)])
 
 
 def _turn(
     engine: "Engine",
-    prompt: list[int],
+    prompt: "Prompt",
+    prefixes: "PrefixCache",
     sampling: "SamplingParams",
     max_tokens: int | None,
     quiet: bool,
-) -> "Turn":
+) -> "tuple[Turn, Slot]":
     from mlx_gptoss.turn import Turn
 
-    progress = Progress(quiet=quiet)
-    return Turn(
+    progress, head = Progress(quiet=quiet), prompt.ends[-2]  # the question is the last message
+    slot = prefixes.take(prompt, head=head)
+
+    def on_prefill(done: int, total: int) -> None:
+        slot.note(prompt.tokens)
+        if slot.cache.offset == head:
+            prefixes.share(slot)
+        progress.share("reading the prompt", done, total)
+
+    turn = Turn(
         engine,
-        prompt,
+        prompt.tokens,
         sampling=sampling,
         max_tokens=max_tokens,
-        on_prefill=lambda done, total: progress.share("reading the prompt", done, total),
+        cache=slot.cache,
+        breaks=slot.marks,
+        on_prefill=on_prefill,
     )
+    return turn, slot
 
 
 def _print(turn: "Turn", *, raw: bool, show_reasoning: bool) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,6 +36,13 @@ embedding_option = click.option(
     default="memory",
     show_default=True,
     help="Where its table stays; `file` saves its memory, and a token waits for the one before.",
+)
+cache_dir_option = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Go on from what earlier runs computed: files that only you can read, with what was said, "
+    "4 GiB at most.",
 )
 
 _SAMPLING = [
