@@ -69,7 +69,7 @@ def count_ours(config: ModelConfig, dense: str) -> Counted:
     decoder = Decoder(
         shell_model(config, dense), kernels=all_kernels(), allowed=mx.ones((config.vocab_size,))
     )
-    return count_step(decoder, batch=1, capacity=8192)
+    return count_step(decoder, rows=1, capacity=8192)
 
 
 def token_bytes(config: ModelConfig, dense: str) -> dict[str, int]:
@@ -111,7 +111,7 @@ def replay_ms(config: ModelConfig, dense: str) -> dict[str, float]:
         kernels=stand_in_kernels(),
         allowed=mx.ones((config.vocab_size,)),
     )
-    arguments, compiled = step_arguments(decoder, batch=1, capacity=8192), mx.compile(decoder.step)
+    arguments, compiled = step_arguments(decoder, rows=1, capacity=8192), mx.compile(decoder.step)
     compiled(*arguments)
     times = []
     for _ in range(60):

@@ -28,6 +28,7 @@ from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.dispatches import Counted
+from mlx_gptoss.engine import MOST_AT_ONCE
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.library import kernel_record
 from mlx_gptoss.machine import Machine, read_thermal_pressure
@@ -80,7 +81,8 @@ def bench(
         progress: called with (phase, done, in all).
 
     Raises:
-        MachineError: a prompt with its answer is longer than the context, or does not fit here.
+        MachineError: a prompt with its answer is longer than the context, the rows are more than
+            an engine takes, or they do not fit here.
     """
     checkpoint, load = open_checkpoint(folder), os.getloadavg()[0]
     cases = [Case(depth, batch) for depth, batch in product(depths, batches)]
@@ -122,9 +124,11 @@ def bench(
 def _check_memory(
     checkpoint: Checkpoint, cases: Sequence[Case], *, answer: int, machine: Machine
 ) -> None:
-    """Refuse what the machine cannot hold: on a Mac it would end in a restart."""
+    """Refuse what engine or machine cannot hold: on a Mac it would end in a restart."""
     limit = machine.gpu_limit_bytes
     for case in cases:
+        if case.batch > MOST_AT_ONCE:
+            raise MachineError(f"batch: expected 1 to {MOST_AT_ONCE} rows, got {case.batch}")
         plan = MemoryPlan(
             config=checkpoint.config,
             packing=checkpoint.quantization,
@@ -158,7 +162,7 @@ class _Meter:
         """One run; every row has a prompt of its own, and so its own experts."""
         rows = range(case.batch)
         prompts = [sample_prompt(self._config, case.depth + row)[row:] for row in rows]
-        found = runner.run(prompts, self._answer, fed=lambda n: self._tell(case.batch * n))
+        found = runner.run(prompts, self._answer, fed=self._tell)
         self._done += self._weight(case)
         self._tell(0)
         return found
@@ -257,19 +261,19 @@ def _model(name: str, checkpoint: Checkpoint) -> Record:
 
 
 def _ratios(results: Sequence[Record]) -> Iterator[Record]:
-    """Ours over the peer's, of medians; above 1 we are faster."""
+    """Ours over the peer's, round by round; above 1 we are faster.
+
+    Both sides of a round share what the machine did meanwhile: ratios spread less than speeds.
+    """
     engines = {(r["engine"], r["depth"], r["batch"]): r for r in results}
     for engine, depth, batch in engines:
         if engine == OURS:
             ours, peer = engines[OURS, depth, batch], engines[PEER, depth, batch]
-            yield {
-                "depth": depth,
-                "batch": batch,
-                **{
-                    metric: ours[metric]["median"] / peer[metric]["median"]
-                    for metric in ("prefill_tok_per_s", "decode_tok_per_s")
-                },
-            }
+            metrics = {}
+            for metric in ("prefill_tok_per_s", "decode_tok_per_s"):
+                pairs = zip(ours[metric]["runs"], peer[metric]["runs"], strict=True)
+                metrics[metric] = summary([a / b for a, b in pairs])
+            yield {"depth": depth, "batch": batch, **metrics}
 
 
 def file_name(record: Mapping[str, Any]) -> str:

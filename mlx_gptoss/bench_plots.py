@@ -18,12 +18,16 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Something measured: its place, how far another measurement may lie from it, and words."""
+    """Something measured: its place, how far another measurement may lie from it, and words.
+
+    `label` stands beside the dot, `title` shows when it is pointed at.
+    """
 
     depth: float
     speed: float
     spread: float | None
     kind: str
+    label: str
     title: str
 
 
@@ -67,21 +71,15 @@ def bars(rows: Sequence[Bar], *, label: str) -> str:
 def over_depth(
     curves: Sequence[Curve], points: Sequence[Point], *, label: str, width: int = WIDTH
 ) -> str:
-    """Speeds over a logarithmic depth: at least one curve or point."""
+    """Speeds over depth, both logarithmic: at least one curve or point."""
     height = 300
-    places = [(p.depth, p.speed + (p.spread or 0)) for p in points]
+    places = [(p.depth, p.speed) for p in points]
     places += [place for curve in curves for place in curve.values]
-    depths, top = _octaves(depth for depth, _ in places), max(speed for _, speed in places)
-    low, high = math.log2(depths[0]), math.log2(depths[-1])
-    right = width - (LABELS if any(curve.name for curve in curves) else 20)
-
-    def x(depth: float) -> float:
-        return AXIS + (math.log2(depth) - low) / (high - low) * (right - AXIS)
-
-    def y(speed: float) -> float:
-        return height - FOOT - max(speed, 0) / top * (height - FOOT - TOP)
-
-    parts = [*_axes(x, y, depths, top, right=right, height=height)]
+    depths, ticks = _octaves([d for d, _ in places]), _ticks([speed for _, speed in places])
+    right = width - (LABELS if any(curve.name for curve in curves) else 30)
+    x = _log_scale(depths[0], depths[-1], AXIS, right)
+    y = _log_scale(ticks[0], ticks[-1], height - FOOT, TOP)
+    parts = [*_axes(x, y, depths, ticks, right=right, height=height)]
     for curve in curves:
         line = " ".join(f"{x(depth):.1f},{y(speed):.1f}" for depth, speed in curve.values)
         parts.append(f'<polyline class="{curve.kind} line" points="{line}"/>')
@@ -89,30 +87,49 @@ def over_depth(
     for name, place in _apart(ends):
         parts.append(f'<text x="{right + 6}" y="{place + 4:.1f}">{name}</text>')
     for p in points:
+        at, level = x(p.depth), y(p.speed)
         if p.spread is not None:
-            ends_of_bar = f'y1="{y(p.speed - p.spread):.1f}" y2="{y(p.speed + p.spread):.1f}"'
-            at = f'x1="{x(p.depth):.1f}" x2="{x(p.depth):.1f}"'
-            parts.append(f'<line class="{p.kind} spread" {at} {ends_of_bar}/>')
-        parts.append(_dot(p, x(p.depth), y(p.speed)))
+            low, high = y(p.speed - p.spread), y(p.speed + p.spread)
+            ends_of_bar = f'x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"'
+            parts.append(f'<line class="{p.kind} spread" {ends_of_bar}/>')
+        parts.append(_dot(p, at, level))
+        parts.append(f'<text class="dim" x="{at + 8:.1f}" y="{level + 4:.1f}">{p.label}</text>')
     return _svg(width, height, parts, label)
 
 
-def _octaves(depths: Iterator[float]) -> list[int]:
+def _log_scale(low: float, high: float, start: float, end: float) -> Scale:
+    """From values to places; what lies outside is drawn at the edge."""
+
+    def place(value: float) -> float:
+        share = math.log(min(max(value, low), high) / low) / math.log(high / low)
+        return start + share * (end - start)
+
+    return place
+
+
+def _octaves(depths: Sequence[float]) -> list[int]:
     """Powers of two around all depths, two at least."""
-    logs = [math.log2(depth) for depth in depths]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
+    low, high = math.floor(math.log2(min(depths))), math.ceil(math.log2(max(depths)))
     return [2**n for n in range(low, max(high, low + 1) + 1)]
 
 
+def _ticks(speeds: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten around all speeds, two at least."""
+    low, high = min(speeds), max(speeds)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [base * 10.0**power for power in powers for base in (1, 2, 5)]
+    first = max(n for n, step in enumerate(steps) if step <= low)
+    last = min((n for n, step in enumerate(steps) if step >= high), default=len(steps) - 1)
+    return steps[first : max(last, first + 1) + 1]
+
+
 def _axes(
-    x: Scale, y: Scale, depths: Sequence[int], top: float, *, right: int, height: int
+    x: Scale, y: Scale, depths: Sequence[int], ticks: Sequence[float], *, right: int, height: int
 ) -> Iterator[str]:
-    step = 10 ** math.floor(math.log10(top))
-    step = step / 2 if top / step < 3 else step
-    for n in range(int(top / step) + 1):
-        at = y(n * step)
+    for speed in ticks:
+        at = y(speed)
         yield f'<line class="axis" x1="{AXIS}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        yield f'<text class="dim" x="{AXIS - 8}" y="{at + 4:.1f}" text-anchor="end">{n * step:g}'
+        yield f'<text class="dim" x="{AXIS - 8}" y="{at + 4:.1f}" text-anchor="end">{speed:g}'
         yield "</text>"
     for depth in depths:
         name = f"{depth // 1024}k" if depth >= 1024 else str(depth)

@@ -41,7 +41,7 @@ p, td, th { color: var(--ink); } .dim { color: var(--dim); font-size: .9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
 td:first-child, th:first-child { text-align: left; }
-.wide { overflow-x: auto; } .wide svg { min-width: 560px; }
+td, th, .item { white-space: nowrap; } .wide { overflow-x: auto; } .wide svg { min-width: 560px; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; } .pair > div { flex: 1 1 380px; min-width: 0; }
 svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg.mark { width: 22px; height: 12px; } svg .axis { stroke: var(--line); }
@@ -92,10 +92,11 @@ def _legend() -> str:
         ("measured, mlx-lm", '<circle class="peer" cx="11" cy="6" r="5"/>'),
     )
     items = (
-        f'<svg class="mark" viewBox="0 0 22 12" aria-hidden="true">{mark}</svg> {text}'
+        f'<span class="item"><svg class="mark" viewBox="0 0 22 12" aria-hidden="true">{mark}</svg> '
+        f"{text}</span>"
         for text, mark in marks
     )
-    return f'<p class="dim">{" &nbsp; ".join(items)}</p>'
+    return f'<p class="dim">{" &ensp; ".join(items)}</p>'
 
 
 def _published(name: str, config: ModelConfig, records: Sequence[Record]) -> Iterator[str]:
@@ -172,6 +173,7 @@ def _point(result: Record, metric: str) -> Point:
         speed=speed["median"],
         spread=speed["spread"],
         kind="real" if result["engine"] == OURS else "peer",
+        label="" if result["batch"] == 1 else f"×{result['batch']}",
         title=f"{result['engine']}, {where}: {with_spread(speed)} tok/s",
     )
 
@@ -190,7 +192,7 @@ def _one(record: Record) -> Iterator[str]:
         known = metric == DECODE and len(limits) > 1 and all(limits.values())
         curves = [Curve(name="", kind="limit", values=sorted(limits.items()))] if known else []
         plot = over_depth(curves, points, label=f"{model['name']}: {what}", width=430)
-        plots.append(f"<div>{what}, tokens/s of all rows, by depth{plot}</div>")
+        plots.append(f"<div>{what}, tokens/s of all rows, by depth; ×N: N rows{plot}</div>")
     yield f'<div class="pair">{"".join(plots)}</div>'
     yield _wide(_table(results))
 

@@ -1,7 +1,6 @@
 """One measured generation of one or several rows, by this package or by mlx-lm on its arrays."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,14 @@ import mlx.core as mx
 from mlx_gptoss.cache import ModelCache
 from mlx_gptoss.decode import Decoder
 from mlx_gptoss.dispatches import Counted, count_lazy, count_step
-from mlx_gptoss.engine import Engine
+from mlx_gptoss.engine import Engine, Generation
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams
 
 OURS, PEER = "mlx-gptoss", "mlx-lm"
 Prompts = Sequence[Sequence[int]]  # one a row, all of one length
-Fed = Callable[[int], None]  # told how many tokens of each prompt are read
+Fed = Callable[[int], None]  # told how many tokens of all prompts are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def _timed(prompts: Prompts, times: Sequence[float], *, began: float) -> Run:
 
 
 class OurRunner:
-    """This package: its engine for one row, the model's step of several rows for more.
+    """This package's engine, with its generations in step, as the runtime runs them.
 
     Args:
         model: the model.
@@ -68,82 +67,47 @@ class OurRunner:
 
     def __init__(self, model: Model) -> None:
         self._model, self._engine = model, Engine(model)
-        self._cache: ModelCache | None = None
-        self._decoder = None
-        if model.kernels.used:
-            allowed = mx.ones((model.config.vocab_size,))
-            self._decoder = Decoder(model, kernels=model.kernels, allowed=allowed)
+        self._caches: list[ModelCache] = []  # of the last run
 
     def run(self, prompts: Prompts, answer: int, *, fed: Fed) -> Run:
         """See `Runner`."""
-        self._cache = None
+        self._caches = []
         mx.reset_peak_memory()
         began = time.perf_counter()
-        one = len(prompts) == 1
-        steps = self._row(prompts[0], answer, fed) if one else self._rows(prompts, answer, fed)
-        times = [time.perf_counter() for _ in steps]
+        times = [time.perf_counter() for _ in self.tokens(prompts, answer, fed=fed)]
         return _timed(prompts, times, began=began)
+
+    def tokens(self, prompts: Prompts, answer: int, *, fed: Fed) -> Iterator[list[int]]:
+        """The next token of every row, step by step; the prompts are read one after the other."""
+        read = 0
+        generations: list[Generation] = []
+        for prompt in prompts:
+            generation = self._engine.generate(
+                prompt,
+                sampling=SamplingParams(temperature=0),
+                max_tokens=answer,
+                on_prefill=lambda done, _, before=read: fed(before + done),
+            )
+            while generation.feed():
+                pass
+            generations.append(generation)
+            read += len(prompt)
+        for _ in range(answer):
+            self._engine.launch(generations)
+            yield [next(generation) for generation in generations]
+        self._caches = [generation.cache for generation in generations]
 
     def next_step(self) -> Counted:
         """See `Runner`."""
-        assert self._cache is not None
-        cache, rows, self._cache = self._cache, self._cache.batch_size, None
-        if self._decoder is not None:
-            return count_step(self._decoder, batch=rows, capacity=cache.offset)
-        logits = self._model.next_logits(mx.zeros((rows, 1), mx.int32), cache)
-        return count_lazy(mx.argmax(logits, axis=-1), *cache.arrays)
-
-    def _row(self, prompt: Sequence[int], answer: int, fed: Fed) -> Iterator[int]:
-        greedy = SamplingParams(temperature=0)
-        with self._engine.generate(
-            prompt, sampling=greedy, max_tokens=answer, on_prefill=lambda done, _: fed(done)
-        ) as generation:
-            yield from generation
-        self._cache = generation.cache
-
-    def _rows(self, prompts: Prompts, answer: int, fed: Fed) -> Iterator[mx.array]:
-        """Tokens of all rows, (B,), step by step, one step ahead of the host as the engine is."""
-        cache = self._cache = self._model.make_cache(len(prompts))
-        token = self._read(mx.array([list(prompt) for prompt in prompts], mx.int32), cache, fed)
-        yield token
-        steps = self._kernel_steps if self._decoder else self._model_steps
-        ahead = deque[mx.array]()
-        for launched in steps(token, answer - 1, cache):
-            ahead.append(launched)
-            if len(ahead) > 1:
-                mx.eval(done := ahead.popleft())
-                yield done
-        mx.eval(*ahead)
-        yield from ahead
-
-    def _read(self, prompts: mx.array, cache: ModelCache, fed: Fed) -> mx.array:
-        """Feed prompts (B, T) in chunks that take as long as one row's; the first tokens, (B,)."""
-        rows, total = prompts.shape
-        chunk = max(1, self._engine.pacer.size // rows)
-        while (left := total - cache.offset) > chunk:
-            self._model.hidden(prompts[:, cache.offset : cache.offset + chunk], cache)
-            mx.eval(cache.arrays)
-            fed(cache.offset)
-        token = mx.argmax(self._model.next_logits(prompts[:, total - left :], cache), axis=-1)
-        mx.eval(token, cache.arrays)
-        fed(total)
-        return token
-
-    def _model_steps(self, token: mx.array, count: int, cache: ModelCache) -> Iterator[mx.array]:
-        for _ in range(count):
-            token = mx.argmax(self._model.next_logits(token[:, None], cache), axis=-1)
-            mx.async_eval(token, cache.arrays)
-            yield token
-
-    def _kernel_steps(self, token: mx.array, count: int, cache: ModelCache) -> Iterator[mx.array]:
-        assert self._decoder is not None
-        nothing = [0] * token.size
-        decoding = self._decoder.start(cache, token, temperatures=nothing, seeds=nothing)
-        for _ in range(count):
-            decoding.advance()
-            yield decoding.state.token
-        decoding.keep()
-        decoding.finish()
+        caches, self._caches = self._caches, []
+        if self._model.kernels.used:
+            allowed = mx.ones((self._model.config.vocab_size,))
+            decoder = Decoder(self._model, kernels=self._model.kernels, allowed=allowed)
+            return count_step(decoder, rows=len(caches), capacity=caches[0].offset)
+        logits = self._model.step_rows(mx.zeros((len(caches),), mx.int32), caches)
+        return count_lazy(
+            mx.argmax(logits, axis=-1), *(a for cache in caches for a in cache.arrays)
+        )
 
 
 class PeerRunner:
@@ -211,7 +175,7 @@ class PeerRunner:
             while any(progress := batch.next()):
                 reading, tokens = progress
                 if reading:
-                    fed(reading[0].progress[0])
+                    fed(rows * reading[0].progress[0])
                 if tokens:
                     yield tokens
         finally:

@@ -13,6 +13,7 @@ from mlx_gptoss.errors import BenchmarkError
 
 CASE = ("engine", "depth", "batch")
 TITLES = [*CASE, "prefill tok/s", "decode tok/s", "first token s", "of limit", "kernels", "peak GB"]
+RATIOS = ["depth", "batch", "prefill", "decode"]
 LABELS = {"prefill_tok_per_s": "prefill", "decode_tok_per_s": "decode", "ttft_s": "first token"}
 
 
@@ -59,11 +60,17 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     """Where it was measured, and a table of medians with their spreads."""
     lines = [*_head(record), "", _row(TITLES), "|---" + 8 * "|---:" + "|"]
     lines += [_row(table_cells(result)) for result in record["results"]]
+    if record["ratios"]:
+        lines += [
+            "",
+            "Ours over mlx-lm's, round by round:",
+            "",
+            _row(RATIOS),
+            "|---:|---:|---:|---:|",
+        ]
     for ratio in record["ratios"]:
-        lines.append(
-            f"\ndepth {ratio['depth']}, batch {ratio['batch']}: ours over mlx-lm: "
-            f"prefill {ratio['prefill_tok_per_s']:.2f}, decode {ratio['decode_tok_per_s']:.2f}"
-        )
+        speeds = [with_spread(ratio[metric]) for metric in METRICS[:2]]
+        lines.append(_row([str(ratio["depth"]), str(ratio["batch"]), *speeds]))
     return "\n".join(lines)
 
 

@@ -24,7 +24,6 @@ VIEWS = frozenset(
     """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten
     NumberOfElements Reshape Slice Split Squeeze StopGradient Transpose Unflatten View""".split()
 )
-LAUNCHES = {"Concatenate": 2}  # mlx-lm joins two parts
 
 Node = tuple[str, list[Any], list[Any]]  # primitive, what it reads, what it makes
 
@@ -44,9 +43,11 @@ class Counted:
     inputs: int
 
 
-def launches(primitive: str) -> int:
-    """Kernels of one primitive."""
-    return 0 if primitive in VIEWS else LAUNCHES.get(primitive, 1)
+def launches(primitive: str, *, parts: int) -> int:
+    """Kernels of one primitive that reads so many arrays."""
+    if primitive == "Concatenate":
+        return parts
+    return 0 if primitive in VIEWS else 1
 
 
 def count_traced(call: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]) -> Counted:
@@ -85,29 +86,32 @@ def count_lazy(*outputs: mx.array, names: Mapping[str, str] | None = None) -> Co
     return _count(nodes)
 
 
-def step_arguments(decoder: Decoder, *, batch: int, capacity: int) -> tuple[Any, ...]:
+def step_arguments(decoder: Decoder, *, rows: int, capacity: int) -> tuple[Any, ...]:
     """Arguments of `Decoder.step`, of the right shapes and types and never computed.
 
     Args:
         decoder: whose step it is.
-        batch: rows, of one cache.
+        rows: generations in step, each with a cache of its own.
         capacity: positions of the full layers' stores.
     """
     c, dtype = decoder.model.config, decoder.model.dtype
 
-    def segment(rows: int) -> tuple[mx.array, mx.array]:
-        shape = (batch, c.num_key_value_heads, rows, c.head_dim)
+    def segment(count: int, positions: int) -> tuple[mx.array, mx.array]:
+        shape = (count, c.num_key_value_heads, positions, c.head_dim)
         return mx.zeros(shape, dtype), mx.zeros(shape, dtype)
 
-    frozen = [segment(capacity if kind == FULL else c.sliding_window) for kind in c.layer_types]
-    append = [segment(ROWS) for _ in c.layer_types]
-    token, control = mx.zeros((batch,), mx.int32), mx.zeros((batch, CONTROL), mx.int32)
-    return [frozen], append, token, control, mx.zeros((batch, CONTROL)), decoder.weights
+    def frozen() -> list[tuple[mx.array, mx.array]]:
+        return [segment(1, capacity if k == FULL else c.sliding_window) for k in c.layer_types]
+
+    append = [segment(rows, ROWS) for _ in c.layer_types]
+    token, control = mx.zeros((rows,), mx.int32), mx.zeros((rows, CONTROL), mx.int32)
+    temperature = mx.zeros((rows, CONTROL))
+    return [frozen() for _ in range(rows)], append, token, control, temperature, decoder.weights
 
 
-def count_step(decoder: Decoder, *, batch: int, capacity: int) -> Counted:
+def count_step(decoder: Decoder, *, rows: int, capacity: int) -> Counted:
     """Count the compiled decode step of our kernels; see `step_arguments`."""
-    flat: Any = tree_flatten(step_arguments(decoder, batch=batch, capacity=capacity))
+    flat: Any = tree_flatten(step_arguments(decoder, rows=rows, capacity=capacity))
     names = [name for name, _ in flat]
 
     def call(*arrays: mx.array) -> list[mx.array]:
@@ -123,7 +127,7 @@ def _count(nodes: Sequence[Node]) -> Counted:
     made = {result for *_, results in nodes for result in results}
     read = {source for _, sources, _ in nodes for source in sources}
     for name, sources, results in nodes:
-        here = max((depth[s] for s in sources), default=0) + launches(name)
+        here = max((depth[s] for s in sources), default=0) + launches(name, parts=len(sources))
         depth |= dict.fromkeys(results, here)
-    kernels = sum(launches(name) for name, _, _ in nodes)
+    kernels = sum(launches(name, parts=len(sources)) for name, sources, _ in nodes)
     return Counted(kernels=kernels, depth=max(depth.values(), default=0), inputs=len(read - made))

@@ -12,6 +12,7 @@ from tiny import TinyShape, write_checkpoint
 from mlx_gptoss import bench as benchmark
 from mlx_gptoss import machine
 from mlx_gptoss.bench import OURS, PEER, Run, file_name, load_model, sample_prompt, summary
+from mlx_gptoss.bench_plots import Curve, Point, over_depth
 from mlx_gptoss.bench_report import as_html
 from mlx_gptoss.bench_runs import OurRunner, named_arrays
 from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record
@@ -19,9 +20,8 @@ from mlx_gptoss.chips import CHIPS, find_chip
 from mlx_gptoss.cli import main
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.convert import convert_checkpoint
-from mlx_gptoss.decode import Decoder
 from mlx_gptoss.errors import BenchmarkError, MachineError
-from mlx_gptoss.kernels.selection import all_definitions, all_kernels
+from mlx_gptoss.kernels.selection import all_kernels
 from mlx_gptoss.machine import Machine
 from mlx_gptoss.plan import dense_quantization
 from mlx_gptoss.roofline import (
@@ -134,7 +134,7 @@ def test_engines_run_in_turn(converted, monkeypatch):
             def run(self, prompts, answer, *, fed):
                 order.append(f"{name}{len(prompts[0])}x{len(prompts)}")
                 assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
-                fed(len(prompts[0]))
+                fed(len(prompts) * len(prompts[0]))
                 self.count += 1
                 speed = float(self.count)
                 return Run(
@@ -170,8 +170,7 @@ def test_engines_run_in_turn(converted, monkeypatch):
     assert record["ratios"][0] == {
         "depth": 9,
         "batch": 1,
-        "prefill_tok_per_s": 8 / 7,
-        "decode_tok_per_s": 8 / 7,
+        **dict.fromkeys(benchmark.METRICS[:2], summary([6 / 5, 10 / 9])),
     }
     assert told == sorted(told) and told[0][0] == 9 and told[-1][0] == told[-1][1]
 
@@ -182,39 +181,36 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(converted):
     request = {"machine": tight, "depths": [8, 9000], "batches": [2], "answer": 3, "repeats": 1}
     with pytest.raises(MachineError, match=r"depth 9000 in batches of 2 needs 0\.\d GB, this mach"):
         benchmark.bench("x", converted, **request)
+    with pytest.raises(MachineError, match="batch: expected 1 to 16 rows, got 17"):
+        benchmark.bench("x", converted, **request | {"batches": [17]})
     with pytest.raises(MachineError, match="context: expected 1 to 131072, got 131073"):
         benchmark.bench("x", converted, **request | {"depths": [131070]})
 
 
 def test_rows_decode_as_they_do_alone(converted):
     """What is measured is the model's work: each row's tokens are those it gives by itself."""
-    import mlx.core as mx
-
-    model = load_model(converted)
-    runner = OurRunner(model)
-    prompts = [sample_prompt(model.config, 150 + row)[row:] for row in range(3)]
+    runner = OurRunner(load_model(converted))
+    prompts = [sample_prompt(runner._model.config, 150 + row)[row:] for row in range(3)]
     fed: list[int] = []
-    together = mx.stack(list(runner._rows(prompts, 6, fed.append)), axis=1).tolist()
-    assert together == [list(runner._row(prompt, 6, lambda _: None)) for prompt in prompts]
-    definitions = all_definitions("there is no Metal here")
-    runner._decoder = decoder = Decoder(model, kernels=definitions, allowed=mx.ones((640,)))
-    decoder._compiled = decoder.step  # compiling takes longer than all the rest
-    compiled = mx.stack(list(runner._rows(prompts, 6, fed.append)), axis=1).tolist()
-    assert compiled == together
-    assert fed.count(150) == 2 and len(fed) > 2  # in chunks
+    together = [*runner.tokens(prompts, 6, fed=fed.append)]
+    alone = [[*runner.tokens([prompt], 6, fed=lambda _: None)] for prompt in prompts]
+    assert [[row[n] for row in together] for n in range(3)] == [[t for [t] in r] for r in alone]
+    assert fed == sorted(fed) and {150, 300, 450} < set(fed)  # in chunks
 
 
 def test_kernels_are_counted_where_they_decode(converted):
-    """6 in a sliding layer, 7 in a full one, 3 besides, for any number of rows."""
+    """6 in a sliding layer, 7 in a full one, 3 besides; attention is each row's own."""
     import mlx.core as mx
 
-    model = load_model(converted)
-    model.kernels = all_kernels()
-    runner = OurRunner(model)
-    for rows in (1, 3):
-        runner._cache = model.make_cache(rows)
-        model.next_logits(mx.zeros((rows, 5), mx.int32), runner._cache)
-        assert runner.next_step().kernels == 6 + 7 + 3
+    runner = OurRunner(model := load_model(converted))
+    definitions = model.kernels
+    for rows, kernels in ((1, 6 + 7 + 3), (3, 5 + 5 + 3 + 3 * (1 + 2) + 2 * 3)):
+        model.kernels = definitions
+        runner._caches = [model.make_cache() for _ in range(rows)]
+        for cache in runner._caches:
+            model.next_logits(mx.zeros((1, 5), mx.int32), cache)
+        model.kernels = all_kernels()
+        assert runner.next_step().kernels == kernels
 
 
 def test_the_spread_is_where_another_median_lies():
@@ -236,7 +232,7 @@ def test_text_forms(record):
         "Apple M4 Pro, 14 CPU cores, 20 GPU cores, 48 GB, wired limit 40 GB, Darwin 26.2, "
         "AC Power, low-power mode, heat heavy to ?, load " in text
     )
-    assert text.count("| mlx-lm |") == 2 and text.count("ours over mlx-lm") == 2
+    assert text.count("| mlx-lm |") == 2 and text.count("Ours over mlx-lm's") == 1
     rows = as_csv(record).splitlines()
     assert len(rows) == 5 and len({row.count(",") for row in rows}) == 1
     assert file_name(record) == "m4-pro_48g_tiny.json"
@@ -376,6 +372,13 @@ def test_the_report_shows_measurements_beside_predictions(record):
     assert "http" not in page.lower().replace('charset="utf-8"', "")  # nothing is fetched
     for svg in page.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
+    plot = over_depth(
+        [Curve(name="a chip", kind="guess", values=[(512, 40), (4096, 20)])],
+        [Point(depth=1024, speed=30, spread=29, kind="real", label="", title="<x>")],
+        label="made up",
+    )
+    assert plot.count('text-anchor="end"') == 2 and ">20</text>" in plot and ">50</text>" in plot
+    assert '"270.0"' in plot and "&lt;x&gt;" in plot  # the bar ends at the plot's edge
     other = as_html([measured_on_a_mac(depth=1024, decode=9, layers=2)])
     assert "depth 1024, batch 1" not in other.split("Every record")[0]  # of no published model
     assert "0 records." in as_html([])
