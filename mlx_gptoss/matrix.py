@@ -5,10 +5,12 @@ groups. Nothing here knows which weight it multiplies by.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
 FLIP_FROM = 8  # rows of x, float32 on the CPU
+HALVE_FROM = 2**20  # elements of a weight on the CPU: a millisecond of work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +71,39 @@ def linear(x: mx.array, matrix: Matrix) -> mx.array:
 
 
 def _dense_linear(x: mx.array, matrix: Matrix) -> mx.array:
-    rows = x.size // x.shape[-1]
-    if on_cpu() and x.dtype == mx.float32 and rows >= FLIP_FROM:
-        # The BLAS of MLX's Linux wheel is not tuned: x W^T as dot products takes twice as long as
-        # W x^T with x^T laid out by columns, which it runs along vectors. Same sums, same bits.
-        columns = mx.contiguous(x.reshape(rows, -1).T)
-        y = (matrix.weight @ columns).T.reshape(*x.shape[:-1], -1)
-        return y if matrix.bias is None else y + matrix.bias
-    weight = matrix.weight.T
-    return x @ weight if matrix.bias is None else mx.addmm(matrix.bias, x, weight)
+    weight, bias = matrix.weight, matrix.bias
+    if not on_cpu():
+        return _product(x, weight, bias)
+    flips = x.dtype == mx.float32 and x.size // x.shape[-1] >= FLIP_FROM
+    product = _flipped_product if flips else _product
+    if weight.size < HALVE_FROM:
+        return product(x, weight, bias)
+    # MLX's CPU runs one operation on one core. Each row of the weight is a sum of its own, so
+    # halves give the same bits.
+    middle = weight.shape[0] // 2
+    biases = (None, None) if bias is None else (bias[:middle], bias[middle:])
+    first = product(x, weight[:middle], biases[0])
+    with mx.stream(_second_stream()):
+        second = product(x, weight[middle:], biases[1])
+    return mx.concatenate([first, second], axis=-1)
+
+
+def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+def _flipped_product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    # The BLAS of MLX's Linux wheel is not tuned: x W^T as dot products takes twice as long as
+    # W x^T with x^T laid out by columns, which it runs along vectors. Same sums, same bits.
+    columns = mx.contiguous(x.reshape(-1, x.shape[-1]).T)
+    y = (weight @ columns).T.reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+@cache
+def _second_stream() -> mx.ThreadLocalStream:
+    """A second queue of CPU work, one for each thread that uses it."""
+    return mx.new_thread_local_stream(mx.cpu)
 
 
 def expert_linear(x: mx.array, matrix: Matrix, experts: mx.array, *, grouped: bool) -> mx.array:
