@@ -3,22 +3,28 @@
     python benchmarks/decode.py [--rounds 7] [--tokens 2] [--prompt 64]
 
 What is timed: feeding one token and waiting for the best next one, with a prompt in the cache; no
-sampling beyond that, no text. `mini` has the published widths and 2 of 24 layers, so that its
-unembedding weighs twelve times as much as in the real model: a ratio here is not the real model's.
+sampling beyond that, no text. Peak memory is that of a prompt and the tokens after it, weights
+included; that of the tokens alone is recorded beside it. `mini` has the published widths and 2 of
+24 layers, so that its unembedding weighs twelve times as much as in the real model: a ratio here is
+not the real model's.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import machine
 import mini
 import mlx.core as mx
 
+from mlx_gptoss.model import Model
 
-def our_step(arrays: dict[str, mx.array], dtype: str, prompt: mx.array) -> Callable[[], mx.array]:
+Step = Callable[[], mx.array]
+
+
+def our_step(model: Model, prompt: mx.array) -> Step:
     """A closure that decodes one token with our model, its prompt already fed."""
-    model = mini.ours(arrays, dtype)
     cache = model.make_cache()
     token = model.next_logits(prompt, cache).argmax(-1, keepdims=True)
 
@@ -32,11 +38,10 @@ def our_step(arrays: dict[str, mx.array], dtype: str, prompt: mx.array) -> Calla
     return step
 
 
-def peer_step(arrays: dict[str, mx.array], prompt: mx.array) -> Callable[[], mx.array]:
+def peer_step(model: Any, prompt: mx.array) -> Step:
     """The same with mlx-lm's model and caches."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    model = mini.peer(arrays)
     cache = make_prompt_cache(model)
     model(prompt[:, :-1], cache=cache)
     mx.eval([layer.state for layer in cache])
@@ -56,23 +61,36 @@ def compare(dtype: str, *, rounds: int, tokens: int, prompt_length: int) -> dict
     """Time both sides in turn; report seconds per token, their ratio, and peak memory."""
     arrays = mini.weights(getattr(mx, dtype))
     prompt = mx.random.randint(0, mini.CONFIG.vocab_size, (1, prompt_length))
-    steps = {"mlx_lm": peer_step(arrays, prompt), "mlx_gptoss": our_step(arrays, dtype, prompt)}
-    peaks = dict.fromkeys(steps, 0)
-
-    def measured(name: str) -> Callable[[], None]:
-        def several() -> None:
-            mx.reset_peak_memory()
-            for _ in range(tokens):
-                steps[name]()
-            peaks[name] = max(peaks[name], mx.get_peak_memory())
-
-        return several
-
-    sides = {name: measured(name) for name in steps}
-    for step in steps.values():
-        step()
+    starts = {
+        "mlx_lm": partial(peer_step, mini.peer(arrays), prompt),
+        "mlx_gptoss": partial(our_step, mini.ours(arrays, dtype), prompt),
+    }
+    peaks = {name: peak_bytes(partial(answer, start, tokens)) for name, start in starts.items()}
+    sides = {name: partial(decode, start(), tokens) for name, start in starts.items()}
+    decoding = {name: peak_bytes(side) for name, side in sides.items()}
     timers = machine.interleaved(sides, rounds=rounds)
-    return machine.report_pair(f"{dtype:8}", timers, per=tokens, peaks=peaks)
+    result = machine.report_pair(f"{dtype:8}", timers, per=tokens, peaks=peaks)
+    above = decoding["mlx_gptoss"] - decoding["mlx_lm"]
+    print(f"{dtype:8} decoding alone, our peak is {above:+,} bytes from mlx-lm's")
+    return {**result, "decode_peak_bytes": decoding}
+
+
+def answer(start: Callable[[], Step], tokens: int) -> None:
+    """Feed the prompt, then decode a few tokens."""
+    decode(start(), tokens)
+
+
+def decode(step: Step, tokens: int) -> None:
+    """Decode a few tokens."""
+    for _ in range(tokens):
+        step()
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """MLX's highest allocation during a run, everything alive before it included."""
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory()
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ class Model:
             ValueError: `tokens` has another shape or type, or prompt tokens out of range.
             CacheError: the cache is for another batch, or the context is full.
         """
-        return self.unembed(self.hidden(tokens, cache))
+        return self.unembed(self.hidden(tokens, cache)).astype(mx.float32)
 
     def hidden(self, tokens: mx.array, cache: ModelCache | None = None) -> mx.array:
         """Hidden states after the final norm, for `unembed`.
@@ -149,7 +149,7 @@ class Model:
             cache: see `__call__`.
 
         Returns:
-            (B, V) float32.
+            (B, V), see `unembed`.
 
         Raises:
             ValueError: see `__call__`.
@@ -186,7 +186,10 @@ class Model:
         return mx.concatenate([self.next_logits(token, cache) for token, cache in rows])
 
     def unembed(self, h: mx.array) -> mx.array:
-        """Logits of hidden states, (B, T, D) -> (B, T, V) float32."""
+        """Logits of hidden states, (B, T, D) -> (B, T, V), of the model's type or float32.
+
+        They are not widened: bfloat16 products are no better for twice the bytes.
+        """
         return reference.final_logits(h, self.unembedding)
 
     def _forward(

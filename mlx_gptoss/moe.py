@@ -13,7 +13,7 @@ from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix, expert_linear, on_cpu
 
 GROUP_FROM = 64  # (token, expert) pairs
-CPU_ROWS = 8  # tokens at a time on the CPU, which multiplies row by row: more only take memory
+CPU_ROWS = 4  # tokens at a time on the CPU, which multiplies row by row: more only take memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -393,5 +393,5 @@ def expert_dispatch(experts: mx.array, *, count: int) -> Dispatch:
 
 
 def final_logits(h: mx.array, matrix: Matrix) -> mx.array:
-    """The unembedding, (..., D) -> (..., V) float32."""
-    return linear(h, matrix).astype(mx.float32)
+    """The unembedding, (..., D) -> (..., V) in the type that `linear` gives."""
+    return linear(h, matrix)

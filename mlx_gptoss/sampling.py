@@ -106,13 +106,12 @@ def sample(
     Returns:
         (B,) int32 token ids.
     """
-    logits = mx.where(allowed, logits.astype(mx.float32), -mx.inf)
+    logits = mx.where(allowed, logits, -mx.inf)
     greedy = mx.argmax(logits, axis=-1)  # (B,)
     if not rows.draws:
         return greedy.astype(mx.int32)
-    logits = logits - mx.max(
-        logits, axis=-1, keepdims=True
-    )  # the best token at 0: nothing overflows
+    logits = logits.astype(mx.float32)
+    logits = logits - logits.max(-1, keepdims=True)  # the best token at 0: nothing overflows
     if rows.sorts:
         drawn = _draw_sorted(logits, positions, rows)
     else:

@@ -139,6 +139,13 @@ def test_hidden_then_unembed_is_the_call(model: Model) -> None:
     assert mx.array_equal(model.unembed(model.hidden(tokens)), model(tokens))
 
 
+def test_the_call_widens_logits_and_the_next_are_left_as_they_are() -> None:
+    narrow, tokens = tiny_model(small(1), dtype="bfloat16"), prompt(9)
+    logits, following = narrow(tokens), narrow.next_logits(tokens)
+    assert (logits.dtype, following.dtype) == (mx.float32, mx.bfloat16)
+    assert mx.array_equal(narrow.unembed(narrow.hidden(tokens)).astype(mx.float32), logits)
+
+
 @pytest.mark.parametrize(
     "kinds",
     [[SLIDING] * 3, [FULL] * 3, [FULL, SLIDING, SLIDING], [SLIDING, FULL, SLIDING]],

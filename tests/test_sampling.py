@@ -98,6 +98,18 @@ def test_top_p_renormalises_what_top_k_left() -> None:
     assert set(alone.tolist()) == {1, 3}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1.7])
+def test_bfloat16_logits_are_as_good_as_the_same_in_float32(temperature: float) -> None:
+    narrow = mx.array(LOGITS).astype(mx.bfloat16)
+    rows = SamplingRows.pack([SamplingParams(temperature=temperature, top_p=0.9, seed=5)] * 50)
+    positions = mx.arange(50)
+    tokens = [
+        sample(mx.broadcast_to(logits, (50, V)), positions, rows=rows, allowed=ALL).tolist()
+        for logits in (narrow, narrow.astype(mx.float32))
+    ]
+    assert tokens[0] == tokens[1]
+
+
 def test_temperature_zero_takes_the_first_best() -> None:
     logits = np.zeros(V, dtype=np.float32)
     logits[[4, 9]] = 3.0
