@@ -171,7 +171,7 @@ class Model:
             caches: B caches of one row each, which it extends.
 
         Returns:
-            (B, V) float32.
+            (B, V), see `unembed`.
 
         Raises:
             ValueError: see `__call__`.
