@@ -6,7 +6,7 @@
             ...
 
 Messages are read and rendered in the caller's thread; the model belongs to an owner thread, which
-gives each running turn a token in its turn. A conversation's next turn reuses the keys and values
+takes the steps of all running turns together. A conversation's next turn reuses the keys and values
 of the last one by itself: give the messages so far, with those of `Reply.messages` among them.
 
 The same seed gives the same tokens whether other turns run beside it or not, as long as the prompt
@@ -38,7 +38,7 @@ from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
 
 CACHE_BYTES = 2**30  # of keys and values kept between turns; less where memory is short
-CONCURRENT = 4  # turns at once; more only wait longer for each other
+CONCURRENT = 4  # turns at once; each makes the others slower, though less than its share
 
 Effort = ReasoningEffort | Literal["low", "medium", "high"]
 

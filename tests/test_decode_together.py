@@ -125,6 +125,19 @@ def test_rows_come_go_and_merge_at_their_own_times(model: Model) -> None:
         assert_as_alone(model, place, row)
 
 
+def test_a_batch_is_traced_once_for_its_shapes(model: Model) -> None:
+    """Compiled: three rows and two of them, in turn, are two traces."""
+    decoder = decoder_of(model)
+    rows = [started(decoder, place) for place in range(3)]
+    mx.enable_compile()
+    for at in range(12):
+        step(decoder, rows if at % 4 else rows[:0:-1])
+    mx.disable_compile()
+    assert decoder.traces == 2
+    for place, row in enumerate(rows):
+        assert row.tokens == alone(model, place, len(row.tokens))[0], place
+
+
 def test_a_dropped_step_is_the_generations_own(model: Model) -> None:
     """One drops the step that all took, and ends; the others' counts."""
     decoder = decoder_of(model)
