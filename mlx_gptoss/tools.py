@@ -61,7 +61,7 @@ def call(function: Callable[..., Any], arguments: str) -> str:
             raise TypeError(f"arguments: expected a JSON object, got {arguments}")
         result = function(**given)
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return f"Error: {type(error).__name__}: {error}"
 
 

@@ -18,6 +18,8 @@ from click.testing import CliRunner, Result
 
 from mlx_gptoss import library, memory, model
 from mlx_gptoss.cli import chat_session, main
+from mlx_gptoss.cli.chat import COMMANDS
+from mlx_gptoss.cli.chat_completion import completions
 from mlx_gptoss.runtime import Runtime
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.vocabulary import load_vocabulary
@@ -102,12 +104,19 @@ def test_mistakes_are_told_and_the_chat_goes_on(
     (tmp_path / "other").write_text("[1]")
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "empty.py").write_text("_x = 1")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    (tmp_path / "notes").write_text("keep me")
     commands = [
         ("/no", "/no: no such command; type /help"),
         ("/reasoning huge", "/reasoning: expected low, medium or high, got 'huge'"),
         ("/save", "/save: expected the name of a file"),
         (f"/load {tmp_path}/other", f"{tmp_path}/other: expected a chat of /save, format 1"),
-        (f"/load {tmp_path}/none", "No such file"),
+        (f"/load {tmp_path}/none", f"Error: {tmp_path}/none: No such file or directory"),
+        (f"/load {tmp_path}", f"{tmp_path}: Is a directory"),
+        (f"/save {tmp_path}/notes", "notes: exists and is no chat of /save; give another name"),
+        (f"/save {tmp_path}/no/where", "No such file or directory"),
+        ("/HELP", "/HELP: no such command; type /help"),
+        (f"/tools {tmp_path}/leaves.py", "leaves.py: cannot be run: SystemExit: 3"),
         (f"/tools {tmp_path}/none", f"{tmp_path}/none: expected a Python file with functions"),
         (f"/tools {tmp_path}/broken.py", "broken.py: cannot be run: ZeroDivisionError"),
         (f"/tools {tmp_path}/empty.py", "empty.py: expected public functions, got none"),
@@ -116,6 +125,81 @@ def test_mistakes_are_told_and_the_chat_goes_on(
     assert (result.exit_code, result.stdout) == (1, ANSWER), "a script can see that some failed"
     for (_, says), line in zip(commands, result.stderr.splitlines(), strict=True):
         assert line.startswith("Error: ") and says in line
+    assert (tmp_path / "notes").read_text() == "keep me"
+
+
+def test_a_path_and_a_text_of_several_lines_are_messages(
+    answering: scripted.ScriptedModel,
+) -> None:
+    result = chat('/etc/hosts is what?\n"""/reset\nis a command"""\n"""the end\nis missing\n')
+    assert (result.exit_code, result.stdout) == (0, 3 * ANSWER)
+    prompt = load_vocabulary().decode(answering.prompt)
+    for said in ("/etc/hosts is what?", "/reset\nis a command", "the end\nis missing"):
+        assert f"<|start|>user<|message|>{said}<|end|>" in prompt
+
+
+MESSAGE = {"role": "assistant", "content": "a", "channel": "final"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"system": 3}, "chat.system: 3"),
+        ({"date": []}, "chat.date: []"),
+        ({"reasoning": "huge"}, "'huge' is not a valid ReasoningEffort"),
+        ({"messages": None}, "'NoneType' object is not iterable"),
+        ({"messages": [MESSAGE, {**MESSAGE, "channel": 5}]}, "messages[1].channel: 5"),
+        ({"messages": [{**MESSAGE, "content": None}]}, "messages[0]: role assistant with content"),
+        ({"messages": [{**MESSAGE, "role": "system"}]}, "messages[0]: role system"),
+        ({"messages": [{**MESSAGE, "role": "tool"}]}, "messages[0]: a tool's without a name"),
+        ({"messages": [{**MESSAGE, "sampled": [1, 201_088]}]}, "messages[0].sampled: other things"),
+        ({"messages": [{"role": "user"}]}, "no 'content'"),
+        ({"format": 2}, "no chat"),
+    ],
+)
+def test_a_damaged_chat_is_not_loaded(
+    damage: dict[str, Any], says: str, answering: scripted.ScriptedModel, tmp_path: Path
+) -> None:
+    """Some of these were loaded, and ended the chat at the next question."""
+    state = {"format": 1, "date": "2026-01-01", "reasoning": "low", "system": None}
+    (tmp_path / "chat").write_text(json.dumps({**state, "messages": [MESSAGE], **damage}))
+    result = chat(f"One?\n/load {tmp_path}/chat\nTwo?\n", "--quiet")
+    assert (result.exit_code, result.stdout) == (1, 2 * ANSWER)
+    (line,) = result.stderr.splitlines()
+    assert "expected a chat of /save, format 1, got another file (" in line and says in line
+    assert "One?" in load_vocabulary().decode(answering.prompt), "the present chat stays"
+
+
+def test_a_file_whose_functions_cannot_be_offered_leaves_the_tools_as_they_are(
+    answering: scripted.ScriptedModel, tmp_path: Path
+) -> None:
+    """The functions were taken and the descriptions were not: the next call ended the chat."""
+    (tmp_path / "sky.py").write_text("def look() -> str:\n    return 'blue'\n")
+    (tmp_path / "odd.py").write_text("def odd(*x: int) -> str:\n    return ''\n")
+    answering.script = "<|channel|>commentary to=functions.look<|message|>{}<|call|>"
+    result = chat(f"/tools {tmp_path}/sky.py\n/tools {tmp_path}/odd.py\n/tools\nSky?\n")
+    assert "Error: odd(x): expected a parameter with a name" in result.stderr
+    assert "\nTools: look.\n" in result.stderr and "look({}) = blue" in result.stderr
+
+
+def test_what_tab_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a chat.json").touch()
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def offered(line: str) -> list[str]:
+        return completions(line, commands=COMMANDS)
+
+    assert [line.strip() for line in offered("/")] == COMMANDS and "/quit" in COMMANDS
+    assert offered("/re") == ["/reset", "/reasoning "]
+    assert offered("/reasoning m") == ["/reasoning medium"]
+    assert offered("/load ") == ["/load a chat.json", "/load folder/"]
+    assert offered("/save a c") == ["/save a chat.json"]
+    assert offered("/load .") == ["/load .hidden"]
+    assert offered("/tools ~/folder/") == ["/tools ~/folder/inner/"]
+    assert offered("/load nowhere/") == offered("/stats ") == offered("hello") == []
 
 
 def test_tools_of_a_file_are_called(answering: scripted.ScriptedModel, tmp_path: Path) -> None:
@@ -185,7 +269,7 @@ class Terminal:
 def test_a_terminal_keeps_its_history_and_ctrl_c_stops_the_answer_alone(tmp_path: Path) -> None:
     terminal = Terminal("slow", tmp_path)
     assert "Type /help for the commands" in terminal.until("> ")
-    terminal.type("Count\n")
+    terminal.type("Count\tup\n")
     terminal.until("five, more")
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("(stopped)")
@@ -193,11 +277,13 @@ def test_a_terminal_keeps_its_history_and_ctrl_c_stops_the_answer_alone(tmp_path
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("(type /quit or Ctrl-D to leave)")
     terminal.until("> ")
-    terminal.type(f"/save {tmp_path}/chat\n")
+    (tmp_path / "a folder").mkdir()
+    terminal.type(f"/sa\t{tmp_path}/a\tchat\n")
     terminal.until("2 messages saved")
     terminal.until("> ")
     assert terminal.leave() == 0
-    assert "Count" in (tmp_path / "chat_history").read_text()
-    said = json.loads((tmp_path / "chat").read_text())["messages"][1]
+    assert "Count\tup" in (tmp_path / "chat_history").read_text()
+    asked, said = json.loads((tmp_path / "a folder/chat").read_text())["messages"]
+    assert asked["content"] == "Count\tup", "Tab completes commands only"
     assert said["content"].startswith("One, two, three, four, five, more")
     assert (tmp_path / "chat_history").stat().st_mode & 0o77 == 0

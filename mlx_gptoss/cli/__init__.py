@@ -15,6 +15,7 @@ import click
 from mlx_gptoss._version import __version__
 from mlx_gptoss.cli.bench import bench
 from mlx_gptoss.cli.chat import chat
+from mlx_gptoss.cli.console import failure, note
 from mlx_gptoss.cli.convert import convert
 from mlx_gptoss.cli.doctor import doctor
 from mlx_gptoss.cli.download import download
@@ -51,11 +52,8 @@ class _Group(click.Group):
             _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        except GptOssError as error:
-            _fail(str(error), 1)
-        except OSError as error:  # a disk or a permission, in words of the system
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}", 1)
+        except (GptOssError, OSError) as error:
+            _fail(failure(error), 1)
         except (click.Abort, KeyboardInterrupt):
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)
@@ -73,7 +71,7 @@ def _occupy_standard_streams() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    note(f"Error: {' '.join(message.split())}")
     sys.exit(code)
 
 

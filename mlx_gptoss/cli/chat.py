@@ -1,12 +1,13 @@
 """`mlx-gptoss chat`: a conversation in the terminal."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mlx_gptoss.cli.console import note
+from mlx_gptoss.cli.console import failure, note
 from mlx_gptoss.cli.options import (
     cache_dir_option,
     chosen_model,
@@ -35,7 +36,10 @@ HELP = """\
 /stats              tokens so far
 /quit               leave; so does Ctrl-D
 \"\"\"                 begins and ends a message of several lines, \\ at its end continues a line
+Tab completes commands and names of files.
 Ctrl-C stops an answer and keeps the chat."""
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
+_COMMAND = re.compile(r"/[A-Za-z]*( .*)?\Z")  # on one line, and no path: those are messages
 
 
 @click.command()
@@ -70,7 +74,7 @@ def chat(
 
     model = chosen_model(model, quiet=quiet)
     opened = Runtime.open(model, embedding=embedding, cache_dir=cache_dir)
-    with opened as runtime, open_lines() as lines:
+    with opened as runtime, open_lines(COMMANDS) as lines:
         session = Session(
             runtime,
             reasoning=reasoning,
@@ -94,13 +98,13 @@ def _converse(session: "Session", lines: "Lines") -> bool:
         if text == "/quit":
             break
         try:
-            if text.startswith("/"):
+            if _COMMAND.match(text):
                 note(_command(session, text))
             else:
                 session.ask(text)
         except (GptOssError, OSError) as error:
             failed = True
-            note(f"Error: {' '.join(str(error).split())}")
+            note(f"Error: {failure(error)}")
         except KeyboardInterrupt:
             note("(stopped)")
             if not lines.is_interactive:

@@ -2,9 +2,10 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mlx_gptoss.cli.chat_completion import completions
 from mlx_gptoss.cli.console import is_terminal, note
 from mlx_gptoss.library import model_store
 
@@ -39,19 +40,35 @@ class Lines(Iterator[str]):
     def _message(self) -> str:
         line = self._line("> ")
         if line.strip().startswith(FENCE):
-            return self._fenced(line.strip().removeprefix(FENCE))
-        whole = []
-        while line.endswith("\\"):
-            whole.append(line.removesuffix("\\"))
-            line = self._line(". ")
-        return "\n".join([*whole, line]).strip()
+            lines = self._fenced(line.strip().removeprefix(FENCE))
+        else:
+            lines = self._continued(line)
+        return "\n".join(lines).strip()
 
-    def _fenced(self, line: str) -> str:
+    def _fenced(self, line: str) -> list[str]:
         whole = []
         while not line.rstrip().endswith(FENCE):
             whole.append(line)
-            line = self._line(". ")
-        return "\n".join([*whole, line.rstrip().removesuffix(FENCE)]).strip()
+            if (more := self._more()) is None:
+                return whole
+            line = more
+        return [*whole, line.rstrip().removesuffix(FENCE)]
+
+    def _continued(self, line: str) -> list[str]:
+        whole = []
+        while line.endswith("\\"):
+            whole.append(line.removesuffix("\\"))
+            if (more := self._more()) is None:
+                return whole
+            line = more
+        return [*whole, line]
+
+    def _more(self) -> str | None:
+        """The next line of a message; None where input ends: what there is of it is sent."""
+        try:
+            return self._line(". ")
+        except EOFError:
+            return None
 
     def _line(self, prompt: str) -> str:
         if self.is_interactive:
@@ -63,8 +80,12 @@ class Lines(Iterator[str]):
 
 
 @contextlib.contextmanager
-def open_lines() -> Iterator[Lines]:
-    """Messages from standard input; those typed are remembered in the model store."""
+def open_lines(commands: Iterable[str]) -> Iterator[Lines]:
+    """Messages from standard input; those typed are remembered in the model store.
+
+    Args:
+        commands: What Tab completes, where somebody types.
+    """
     if not is_terminal(sys.stdin):
         yield Lines(is_interactive=False)
         return
@@ -74,10 +95,29 @@ def open_lines() -> Iterator[Lines]:
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(HISTORY_LENGTH)
+    _complete_with_tab(list(commands))
     try:
         yield Lines(is_interactive=True)
     finally:
         _keep(history)
+
+
+def _complete_with_tab(commands: list[str]) -> None:
+    """Let Tab complete commands; elsewhere it stays a character, as in text that is pasted."""
+    import readline
+
+    def candidate(word: str, number: int) -> str | None:
+        line = readline.get_line_buffer()[: readline.get_endidx()]
+        if not line.startswith("/"):
+            readline.insert_text("\t")
+            return None
+        found = completions(line, commands=commands)
+        return found[number][len(line) - len(word) :] if number < len(found) else None
+
+    readline.set_completer(candidate)
+    readline.set_completer_delims(" /")  # what is offered is shown without what stands before
+    is_libedit = "libedit" in (readline.__doc__ or "")  # as on a Mac
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
 
 
 def _keep(history: Path) -> None:

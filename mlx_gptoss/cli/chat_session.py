@@ -1,14 +1,14 @@
 """The state of a chat: what was said, what stands above it, what it cost."""
 
-import json
 import runpy
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from mlx_gptoss.cli.chat_file import SavedChat, read_chat, write_chat
 from mlx_gptoss.cli.console import note
 from mlx_gptoss.cli.reply import Printer, reasoning_place, stats_line
 from mlx_gptoss.errors import GptOssError
@@ -17,7 +17,6 @@ from mlx_gptoss.harmony import (
     FinishReason,
     Message,
     ReasoningEffort,
-    Role,
     SystemContent,
     TextDelta,
     Toolbox,
@@ -33,7 +32,6 @@ from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply
 
-FORMAT = 1  # of saved chats
 MOST_ROUNDS = 8  # replies to one message, calls of tools included
 
 
@@ -150,42 +148,28 @@ class Session:
     def set_tools(self, path: str) -> str:
         """Offer the public functions of a Python file, or tell which are offered."""
         if path:
-            self._functions = _functions_of(Path(path).expanduser())
-            self._toolbox = Toolbox([describe(f) for f in self._functions.values()])
+            functions = _functions_of(Path(path).expanduser())
+            self._toolbox = Toolbox([describe(f) for f in functions.values()])
+            self._functions = functions
         return f"Tools: {', '.join(self._functions) or 'none'}."
 
     def save(self, path: str) -> str:
         """Write the chat to a file."""
-        state = {
-            "format": FORMAT,
-            "date": self._system.date,
-            "reasoning": self._system.effort,
-            "system": self._instructions,
-            "messages": [asdict(message) for message in self._messages],
-        }
-        Path(_given(path, "/save")).expanduser().write_text(
-            json.dumps(state, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        chat = SavedChat(
+            date=self._system.date,
+            reasoning=self._system.effort or ReasoningEffort.MEDIUM,
+            instructions=self._instructions,
+            messages=self._messages,
         )
+        write_chat(_given(path, "/save"), chat)
         return f"{len(self._messages)} messages saved to {path}."
 
     def load(self, path: str) -> str:
         """Go on with a saved chat; the present one stays as it is if that cannot be read."""
-        text = Path(_given(path, "/load")).expanduser().read_bytes()
-        try:
-            state = json.loads(text)
-            if state["format"] != FORMAT:
-                raise ValueError(f"format {state['format']!r}")
-            messages = [_message(saved) for saved in state["messages"]]
-            content = replace(
-                self._system, date=state["date"], effort=ReasoningEffort(state["reasoning"])
-            )
-            instructions = state["system"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise GptOssError(
-                f"{path}: expected a chat of /save, format {FORMAT}, got another file ({error!r})"
-            ) from error
-        self._messages, self._system, self._instructions = messages, content, instructions
-        return f"{len(messages)} messages loaded from {path}."
+        chat = read_chat(_given(path, "/load"))
+        self._messages, self._instructions = list(chat.messages), chat.instructions
+        self._system = replace(self._system, date=chat.date, effort=chat.reasoning)
+        return f"{len(chat.messages)} messages loaded from {path}."
 
     def stats(self) -> str:
         """What the chat cost so far."""
@@ -198,20 +182,10 @@ class Session:
         )
 
 
-def _given(path: str, command: str) -> str:
+def _given(path: str, command: str) -> Path:
     if not path:
         raise GptOssError(f"{command}: expected the name of a file")
-    return path
-
-
-def _message(saved: dict[str, Any]) -> Message:
-    """A message as `Session.save` wrote it; unknown fields are a TypeError."""
-    fields = {**saved, "role": Role(saved["role"])}
-    if not isinstance(fields["content"], str):
-        raise ValueError("content")
-    if fields.get("sampled") is not None:
-        fields["sampled"] = tuple(int(token) for token in fields["sampled"])
-    return Message(**fields)
+    return Path(path).expanduser()
 
 
 def _functions_of(path: Path) -> dict[str, Callable[..., Any]]:
@@ -220,7 +194,7 @@ def _functions_of(path: Path) -> dict[str, Callable[..., Any]]:
         raise GptOssError(f"{path}: expected a Python file with functions, got none")
     try:
         defined = runpy.run_path(str(path), run_name="chat_tools")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise GptOssError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     functions = {
         value.__name__: value

@@ -21,6 +21,15 @@ def note(text: str, *, quiet: bool = False) -> None:
         click.echo(text, err=True)
 
 
+def failure(error: Exception) -> str:
+    """What went wrong, in one line; of a disk or a permission in the system's words."""
+    text = str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}"
+    return " ".join(text.split())
+
+
 def size(nbytes: float) -> str:
     """A size as disks and downloads are sold: 13.8 GB, 512.0 kB."""
     for unit in ("bytes", "kB", "MB"):
