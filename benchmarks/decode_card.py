@@ -22,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.graph import (  # noqa: E402
+    CHUNK,
+    WIDTH,
+    chunk_counts,
+    mlx_lm_chunk_counts,
     mlx_lm_counts,
     mlx_lm_host_ms,
     stand_in_kernels,
@@ -41,7 +46,7 @@ from mlx_gptoss.chips import CHIPS  # noqa: E402
 from mlx_gptoss.config import FULL, GPT_OSS_20B, GPT_OSS_120B, ModelConfig  # noqa: E402
 from mlx_gptoss.decode import ROWS, Decoder  # noqa: E402
 from mlx_gptoss.dispatches import Counted, count_step, step_arguments  # noqa: E402
-from mlx_gptoss.kernels.selection import all_kernels  # noqa: E402
+from mlx_gptoss.kernels.selection import all_definitions, all_kernels  # noqa: E402
 from mlx_gptoss.model import Model  # noqa: E402
 from mlx_gptoss.plan import DENSE_FORMATS, dense_quantization, weight_bytes  # noqa: E402
 
@@ -70,6 +75,20 @@ def count_ours(config: ModelConfig, dense: str) -> Counted:
         shell_model(config, dense), kernels=all_kernels(), allowed=mx.ones((config.vocab_size,))
     )
     return count_step(decoder, rows=1, capacity=8192)
+
+
+def count_chunks(config: ModelConfig, dense: str) -> dict[str, int]:
+    """Kernels launched for the first chunk of a prompt, ours with and without kernels of our own.
+
+    The widths are cut: the graph does not depend on them.
+    """
+    small = replace(config, hidden_size=WIDTH, intermediate_size=WIDTH, vocab_size=1024)
+    model = shell_model(small, dense)
+    return {
+        "ours": chunk_counts(model, all_kernels()).kernels,
+        "ours_without_kernels": chunk_counts(model, all_definitions("for comparison")).kernels,
+        "mlx_lm": mlx_lm_chunk_counts(config, dense).kernels,
+    }
 
 
 def token_bytes(config: ModelConfig, dense: str) -> dict[str, int]:
@@ -171,6 +190,7 @@ def card(name: str, dense: str) -> dict[str, Any]:
             "bytes_per_token": {c: weights + read for c, read in peer_reads.items()},
             "host_build_cpu_ms": mlx_lm_host_ms(config, dense),
         },
+        f"kernels_per_chunk_of_{CHUNK}": count_chunks(config, dense),
         "weight_bytes_per_token": parts,
         "kv_bytes_per_token": kv,
         "predicted_tok_per_s": {c: predictions(config, dense, c, depths) for c in CONTEXTS},
@@ -191,6 +211,8 @@ def show(found: dict[str, Any]) -> None:
     for context in CONTEXTS:
         sizes = (engine["bytes_per_token"][context] / 1e6 for engine in (ours, peer))
         print(f"{f'MB at context {context}':34}" + "".join(f"{size:>12.0f}" for size in sizes))
+    chunk = found[f"kernels_per_chunk_of_{CHUNK}"]
+    print(f"kernels for the first {CHUNK} tokens of a prompt: {chunk}")
     weights = ", ".join(f"{n} {b / 1e6:.1f}" for n, b in found["weight_bytes_per_token"].items())
     print(f"weights of a token, MB: {weights}")
     print("\nPREDICTED tokens/s, ours / mlx-lm; nothing here was measured on a Mac")

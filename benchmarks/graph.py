@@ -1,21 +1,27 @@
-"""mlx-lm's decode step, counted without Metal as ours is; and kernels that compute nothing."""
+"""mlx-lm's decode step, and chunks of prompts, counted without Metal; kernels that do nothing."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from copy import copy
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_gptoss import attention, matrix, moe
 from mlx_gptoss.config import ModelConfig
-from mlx_gptoss.dispatches import Counted, count_lazy
+from mlx_gptoss.dispatches import Counted, count_lazy, count_traced
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.model import Model
 
+Functions = dict[tuple[Any, str], Callable[..., Any]]  # by module and name
+
+CHUNK = 512  # tokens
 WIDTH = 64  # of the traced mlx-lm models: their graphs do not depend on it
 # The fused primitives that MLX's CPU takes apart: one rare operation stands for each.
 STAND_INS = {"ErfInv": "RMSNorm", "ArcSinh": "RoPE", "ArcTanh": "SDPA", "ArcCosh": "Dequantize"}
@@ -59,8 +65,12 @@ def mlx_lm_counts(config: ModelConfig, dense: str) -> Counted:
     Two and four of its layers are traced at small widths, which the graph does not depend on; the
     rest follows by addition.
     """
-    with _fused_primitives():
+    with _replaced(_fused_primitives()):
         two, four = (_mlx_lm_step(config, dense, layers)[0] for layers in (2, 4))
+    return _all_layers(config, two, four)
+
+
+def _all_layers(config: ModelConfig, two: Counted, four: Counted) -> Counted:
     pairs = (config.num_hidden_layers - 2) // 2
     return Counted(
         kernels=two.kernels + pairs * (four.kernels - two.kernels),
@@ -69,15 +79,51 @@ def mlx_lm_counts(config: ModelConfig, dense: str) -> Counted:
     )
 
 
+def chunk_counts(model: Model, kernels: KernelSet) -> Counted:
+    """The first chunk of a prompt, whose logits nobody needs, as Metal runs it.
+
+    Args:
+        model: of hidden size `WIDTH`; what it computes is not looked at.
+        kernels: its kernels.
+    """
+    tokens, metal = mx.zeros((1, CHUNK), mx.int32), {}
+    for module in (attention, matrix, moe):
+        metal[module, "on_cpu"] = lambda: False
+
+    def call(embedding: mx.array) -> list[mx.array]:
+        traced, cache = copy(model), model.make_cache()
+        traced.kernels = kernels
+        traced.embedding = replace(model.embedding, weight=embedding)
+        traced.hidden(tokens, cache)
+        return cache.arrays
+
+    mx.eval(tokens, model.arrays)
+    with _replaced(_fused_primitives() | metal):
+        return count_traced(call, [model.embedding.weight])
+
+
+def mlx_lm_chunk_counts(config: ModelConfig, dense: str) -> Counted:
+    """The same chunk of mlx-lm."""
+
+    def count(layers: int) -> Counted:
+        model, tokens = _mlx_lm_model(config, dense, layers), mx.zeros((1, CHUNK), mx.int32)
+        mx.eval(tokens)
+        caches = model.make_cache()
+        model(tokens, cache=caches)
+        return count_lazy(*(a for c in caches for a in (c.keys, c.values)), names=STAND_INS)
+
+    with _replaced(_fused_primitives()):
+        return _all_layers(config, count(2), count(4))
+
+
 def mlx_lm_host_ms(config: ModelConfig, dense: str) -> float:
     """Median CPU time to build one of its steps with all layers, in ms."""
-    with _fused_primitives():
+    with _replaced(_fused_primitives()):
         return _mlx_lm_step(config, dense, config.num_hidden_layers)[1]
 
 
-@contextmanager
-def _fused_primitives() -> Iterator[None]:
-    """Replace what Metal fuses by one operation each; `mx.depends` carries the other inputs."""
+def _fused_primitives() -> Functions:
+    """One operation for each that Metal fuses; `mx.depends` carries the other inputs."""
 
     def rms_norm(x: mx.array, weight: mx.array, eps: float, **_: Any) -> mx.array:
         return mx.erfinv(mx.depends([x], [weight])[0])
@@ -85,7 +131,7 @@ def _fused_primitives() -> Iterator[None]:
     def rope(x: mx.array, _: int, *, freqs: mx.array, **__: Any) -> mx.array:
         return mx.arcsinh(mx.depends([x], [freqs])[0])
 
-    def attention(q: mx.array, k: mx.array, v: mx.array, **more: Any) -> mx.array:
+    def sdpa(q: mx.array, k: mx.array, v: mx.array, **more: Any) -> mx.array:
         others = [a for a in (k, v, more.get("mask"), more.get("sinks")) if isinstance(a, mx.array)]
         return mx.arctanh(mx.depends([q], others)[0])
 
@@ -93,15 +139,19 @@ def _fused_primitives() -> Iterator[None]:
         y = mx.arccosh(mx.depends([mx.view(w, mx.bfloat16)], [scales, biases])[0])
         return mx.broadcast_to(y[..., :1], (*w.shape[:-1], WIDTH))
 
-    replaced = {
+    return {
         (mx.fast, "rms_norm"): rms_norm,
         (mx.fast, "rope"): rope,
-        (mx.fast, "scaled_dot_product_attention"): attention,
+        (mx.fast, "scaled_dot_product_attention"): sdpa,
         (mx, "dequantize"): dequantize,
     }
-    kept = {(module, name): getattr(module, name) for module, name in replaced}
+
+
+@contextmanager
+def _replaced(functions: Functions) -> Iterator[None]:
+    kept = {(module, name): getattr(module, name) for module, name in functions}
     try:
-        for (module, name), function in replaced.items():
+        for (module, name), function in functions.items():
             setattr(module, name, function)
         yield
     finally:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.decode_card import MODELS, count_ours, kv_bytes, token_bytes
+from benchmarks.decode_card import MODELS, count_chunks, count_ours, kv_bytes, token_bytes
 from benchmarks.graph import mlx_lm_counts
 from mlx_gptoss.config import FULL
 from mlx_gptoss.dispatches import count_traced
@@ -22,6 +22,13 @@ def test_the_same_count_of_mlx_lm() -> None:
     counted = mlx_lm_counts(MODELS["20b"], "q8")
     assert 930 <= counted.kernels <= 960
     assert 15 * 24 < counted.depth < 25 * 24
+
+
+def test_dispatches_of_a_chunk() -> None:
+    """Our kernels save 30 a sliding layer and 5 a layer; mlx-lm launches 42 a layer, or so."""
+    counts = count_chunks(MODELS["20b"], "q8")
+    assert counts["ours_without_kernels"] - counts["ours"] > 12 * 30 + 23 * 5
+    assert 40 * 24 < counts["mlx_lm"] < 45 * 24
 
 
 def test_kernels_and_chains_are_told_apart() -> None:
