@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import modules of lower rows, and of its own package. Every module has a row.
 LAYERS = [
-    ["_version", "errors"],
+    ["_version", "errors", "_pyinstaller"],
     ["metal", "config_fields"],
     ["chips", "pacing", "config", "weight_files", "transfer"],
     ["manifest"],
@@ -61,6 +61,7 @@ def sources() -> list[tuple[str, Path]]:
     for folder in (
         "convert",
         "metal",
+        "mlx_gptoss/_pyinstaller",
         "mlx_gptoss/cli",
         "mlx_gptoss/harmony",
         "mlx_gptoss/kernels",

@@ -50,12 +50,18 @@ def test_the_wheel_works_for_a_stranger(tmp_path: Path) -> None:
     the_demo_answers(installed, tmp_path / "store")
 
 
-def install(work: Path) -> Installed:
-    """Build a copy of the tree, so that nothing is left in it; pip keeps its user's settings."""
+def build_wheel(work: Path) -> Path:
+    """Build a copy of the tree, so that nothing is left in it."""
     shutil.copytree(ROOT, work / "tree", symlinks=True, ignore=LEFT_OUT)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work)]
     subprocess.run([*build, str(work / "tree")], check=True, capture_output=True)
     [wheel] = work.glob("*.whl")
+    return wheel
+
+
+def install(work: Path) -> Installed:
+    """Install the wheel with what it needs; pip keeps its user's settings."""
+    wheel = build_wheel(work)
     venv.create(work / "venv", with_pip=True)
     ours = Installed(wheel, work / "venv")
     home = pwd.getpwuid(os.getuid()).pw_dir
@@ -83,7 +89,7 @@ def every_module_imports_and_every_kernel_can_be_read(installed: Installed) -> N
         "import importlib, pkgutil, mlx_gptoss\n"
         "from importlib.resources import files\n"
         "walked = pkgutil.walk_packages(mlx_gptoss.__path__, 'mlx_gptoss.')\n"
-        "names = [m.name for m in walked if not m.name.endswith('__main__')]\n"
+        "names = [m.name for m in walked if '__main__' not in m.name and '.hook-' not in m.name]\n"
         "for name in names: importlib.import_module(name)\n"
         "for name in mlx_gptoss.__all__: getattr(mlx_gptoss, name)\n"
         "for file in files('mlx_gptoss.metal').iterdir():\n"
@@ -94,7 +100,9 @@ def every_module_imports_and_every_kernel_can_be_read(installed: Installed) -> N
     assert result.returncode == 0, result.stderr
     file, count = result.stdout.split()
     assert Path(file).is_relative_to(installed.folder), "the source tree was imported instead"
-    modules = [p for f in PACKAGES for p in (ROOT / f).rglob("*.py") if p.name != "__main__.py"]
+    apart = ("__main__", "hook-")  # PyInstaller reads hooks as files, while it builds
+    sources = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
+    modules = [path for path in sources if not path.name.startswith(apart)]
     assert int(count) == len(modules) - 1  # the package itself is not among those walked
 
 
