@@ -1,0 +1,559 @@
+"""The examples that apps copy: the chat behind them, the Tk window, the menu bar, a bundled app.
+
+`python tests/test_examples.py` bundles the window and takes its picture for the examples' page.
+"""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import create_autospec
+
+import pytest
+import scripted
+from test_packaging import build_wheel
+from xvfb import Screen, png
+
+from mlx_gptoss import Runtime
+from mlx_gptoss.conversation import read_conversation
+from mlx_gptoss.errors import ContextLengthError, ModelNotFoundError
+from mlx_gptoss.harmony import ReasoningEffort, TextDelta, assistant, user
+from mlx_gptoss.harmony.ledger import prepare_prompt
+from mlx_gptoss.turn import Reply, harmony_engine
+from mlx_gptoss.vocabulary import load_vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "tests" / "examples"
+PAGE = EXAMPLES / "README.md"
+HOOKS = ROOT / "mlx_gptoss" / "_pyinstaller"
+LOW, HIGH = ReasoningEffort.LOW, ReasoningEffort.HIGH
+STEP_S = 0.02  # of the slow model: long enough to be stopped in the middle
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(autouse=True)
+def example_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> scripted.ScriptedModel:
+    """What every model name opens in this test."""
+    model = scripted.ScriptedModel(scripted.ANSWERED)
+    opened = classmethod(lambda cls, name: Runtime(lambda: harmony_engine(model)))  # type: ignore[arg-type]
+    monkeypatch.setattr(Runtime, "open", opened)
+    return model
+
+
+@pytest.fixture
+def chat(model: scripted.ScriptedModel) -> Iterator[Any]:
+    chat = importlib.import_module("background_chat").BackgroundChat("any")
+    yield chat
+    chat.close()
+    assert [t.name for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")] == []
+
+
+def until(done: Callable[[], object], *, between: Callable[[], object] = lambda: None) -> None:
+    """Wait for something that must come; the time is for a busy machine only."""
+    deadline = time.monotonic() + 60
+    while not done():
+        between()
+        time.sleep(0.005)
+        assert time.monotonic() < deadline, "it never came"
+
+
+def happened(chat: Any, last: str) -> list[Any]:
+    """What happens up to the first thing of a type."""
+    taken: list[Any] = []
+    until(lambda: taken.extend(chat.take()) or any(type(h).__name__ == last for h in taken))
+    return taken
+
+
+def texts(events: list[Any]) -> list[str]:
+    return [event.text for event in events if isinstance(event, TextDelta)]
+
+
+def slow(model: scripted.ScriptedModel) -> None:
+    model.script, model._step_s = scripted.SCRIPTS["slow"], STEP_S
+
+
+def prompt_of(model: scripted.ScriptedModel) -> str:
+    return load_vocabulary().decode(model.prompt)
+
+
+def test_a_turn_arrives_in_pieces_and_the_next_one_reuses_it(chat: Any, model: Any) -> None:
+    assert len(happened(chat, "Opened")) == 1
+    chat.ask("Two and two?", reasoning=HIGH)
+    events = happened(chat, "Reply")
+    assert "".join(texts(events)) == "Four, naïvely: 4."
+    assert len(texts(events)) > 3 and isinstance(events[-1], Reply)
+    assert "Reasoning: high" in prompt_of(model)
+    chat.ask("And five?", reasoning=HIGH)
+    usage = happened(chat, "Reply")[-1].usage
+    assert 0 < usage.prompt_tokens - usage.cached_tokens < usage.cached_tokens
+    assert "Four, naïvely: 4." in prompt_of(model)
+
+
+def test_stop_ends_the_turn_within_a_token_and_keeps_what_was_said(chat: Any, model: Any) -> None:
+    slow(model)
+    chat.ask("Count.", reasoning=LOW)
+    before = happened(chat, "TextDelta")
+    chat.stop()
+    after = happened(chat, "Stopped")
+    assert len(texts(after)) <= 2
+    said = "".join(texts([*before, *after]))
+    assert said.startswith("One") and len(said) < 20
+    model.script = scripted.ANSWERED
+    chat.ask("Go on.", reasoning=LOW)
+    usage = happened(chat, "Reply")[-1].usage
+    told = [user("Count."), assistant(said), user("Go on.")]
+    conversation = read_conversation(told, date=date.today().isoformat(), reasoning=LOW)
+    assert usage.prompt_tokens == len(prepare_prompt(conversation.messages).tokens)
+
+
+def test_a_turn_stopped_at_once_is_forgotten(chat: Any, model: Any) -> None:
+    slow(model)
+    chat.ask("Never mind.", reasoning=LOW)
+    chat.stop()
+    assert happened(chat, "Stopped")
+    model.script = scripted.ANSWERED
+    chat.ask("Two and two?", reasoning=LOW)
+    happened(chat, "Reply")
+    assert "Never mind." not in prompt_of(model)
+
+
+def test_a_new_chat_knows_nothing_of_the_old_one(chat: Any, model: Any) -> None:
+    slow(model)
+    chat.ask("Count.", reasoning=LOW)
+    happened(chat, "TextDelta")
+    chat.reset()
+    model.script = scripted.ANSWERED
+    chat.ask("Two and two?", reasoning=LOW)
+    events = happened(chat, "Reply")
+    assert "".join(texts(events)) == "Four, naïvely: 4."
+    assert "Count." not in prompt_of(model)
+
+
+def test_an_error_is_an_event_and_the_chat_goes_on(chat: Any, model: Any) -> None:
+    model.config.max_position_embeddings = 10
+    chat.ask("Two and two?", reasoning=LOW)
+    assert isinstance(happened(chat, "ContextLengthError")[-1], ContextLengthError)
+    model.config.max_position_embeddings = 1000
+    chat.ask("Once more?", reasoning=LOW)
+    assert happened(chat, "Reply")[-1].text and "Two and two?" not in prompt_of(model)
+
+
+def test_closing_ends_a_running_turn_and_may_be_repeated(chat: Any, model: Any) -> None:
+    slow(model)
+    chat.ask("Count.", reasoning=LOW)
+    happened(chat, "TextDelta")
+    chat.close()
+    chat.close()
+    assert not [t for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")]
+
+
+def test_a_model_that_is_not_there_is_an_event() -> None:
+    chat = importlib.import_module("background_chat").BackgroundChat("no such model")
+    [error] = happened(chat, "ModelNotFoundError")
+    assert isinstance(error, ModelNotFoundError)
+    assert str(error).startswith("no such model: expected demo, 20b, 120b, a folder or a hub id")
+    chat.close()
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Screen]:
+    pytest.importorskip("tkinter", reason="this Python has no Tk")
+    if not shutil.which("Xvfb"):
+        pytest.skip("Xvfb is not installed: no screen to show windows on")
+    with Screen(tmp_path_factory.mktemp("screen")) as screen:
+        yield screen
+
+
+class Window:
+    """A chat window, seen and used as a person does."""
+
+    def __init__(self, screen: Screen, chat: Any, **options: Any):
+        import tkinter
+
+        self.root = tkinter.Tk(screenName=screen.display)
+        self.window = importlib.import_module("chat_window").ChatWindow(self.root, chat, **options)
+        self.entry, self.text = self._only("TEntry"), self._only("Text")
+        self.root.update()
+
+    def _all(self, kind: str) -> list[Any]:
+        def below(widget: Any) -> Iterator[Any]:
+            yield widget
+            for child in widget.winfo_children():
+                yield from below(child)
+
+        return [widget for widget in below(self.root) if widget.winfo_class() == kind]
+
+    def _only(self, kind: str) -> Any:
+        [widget] = self._all(kind)
+        return widget
+
+    def button(self, label: str) -> Any:
+        buttons = self._all("TButton") + self._all("TRadiobutton")
+        [button] = [button for button in buttons if button["text"] == label]
+        return button
+
+    @property
+    def status(self) -> str:
+        return str(self._all("TLabel")[-1]["text"])
+
+    @property
+    def shown(self) -> str:
+        """The transcript without what is folded away."""
+        return str(self.root.tk.call(str(self.text), "get", "-displaychars", "1.0", "end"))
+
+    def until(self, done: Callable[[], object]) -> None:
+        until(done, between=self.root.update)
+
+    def ask(self, question: str) -> None:
+        self.entry.focus_force()
+        self.root.update()
+        self.entry.insert(0, question)
+        self.entry.event_generate("<Return>")
+        self.root.update()
+
+    def click(self, tag: str) -> None:
+        """Click on the beginning of tagged text."""
+        x, y, width, height = self.text.bbox(f"{tag}.first")
+        for event in ("<Motion>", "<Button-1>", "<ButtonRelease-1>"):
+            self.text.event_generate(event, x=x + width // 2, y=y + height // 2)
+        self.root.update()
+
+
+@pytest.fixture
+def window(screen: Screen, chat: Any) -> Iterator[Window]:
+    window = Window(screen, chat)
+    window.until(lambda: window.status == "Ready")
+    yield window
+    window.window.close()
+
+
+def test_the_window_shows_reasoning_dimmed_and_folds_it(window: Window, model: Any) -> None:
+    window.button("high").invoke()
+    window.ask("Two and two?")
+    assert window.entry.get() == "" and window.status == "Thinking ..."
+    window.until(lambda: "reused" in window.status)
+    whole = "Two and two?\n\u25be Reasoning\nTwo and two.\nFour, naïvely: 4.\n"
+    assert window.shown == whole and "Reasoning: high" in prompt_of(model)
+    colour = {tag: str(window.text.tag_cget(tag, "foreground")) for tag in ("reasoning", "fold")}
+    assert set(colour.values()) == {"#85858b"} != {str(window.text["foreground"])}
+    window.click("fold-1")
+    assert window.shown == "Two and two?\n\u25b8 Reasoning\nFour, naïvely: 4.\n"
+    window.click("fold-1")
+    assert window.shown == whole
+    window.ask("And five?")
+    window.until(lambda: "And five?" in window.shown and "reused" in window.status)
+    reused, of = (int(window.status.split(", ")[2].split()[place]) for place in (0, 2))
+    assert 0 < of - reused < reused and "tokens/s" in window.status
+
+
+def test_the_window_lives_while_an_answer_is_written(window: Window, model: Any) -> None:
+    """What is typed appears, and what was written so far is shown, before the answer is over."""
+    slow(model)
+    window.ask("Count.")
+    window.until(lambda: "One, two" in window.shown)
+    window.entry.insert(0, "next")
+    window.entry.event_generate("<Return>")
+    assert window.entry.get() == "next" and window.status == "Thinking ..."
+    window.button("Stop").invoke()
+    window.until(lambda: window.status == "Stopped")
+    assert "four, five, more, more, more, more" not in window.shown
+    window.button("New chat").invoke()
+    assert window.shown == "\n" and window.status == "A new chat"
+
+
+def test_a_new_chat_in_the_middle_of_an_answer(window: Window, model: Any) -> None:
+    slow(model)
+    window.ask("Count.")
+    window.until(lambda: "One" in window.shown)
+    window.button("New chat").invoke()
+    model.script = scripted.ANSWERED
+    window.ask("Two and two?")
+    window.until(lambda: "reused" in window.status)
+    assert window.shown.startswith("Two and two?\n") and "One" not in window.shown
+
+
+def test_the_window_shows_errors_and_goes_on(window: Window, model: Any) -> None:
+    model.config.max_position_embeddings = 10
+    window.ask("Two and two?")
+    window.until(lambda: window.status == "Failed; ask again")
+    assert "context" in window.shown and window.text.tag_ranges("fault")
+    model.config.max_position_embeddings = 1000
+    window.ask("Two and two?")
+    window.until(lambda: "Four, naïvely: 4." in window.shown)
+
+
+def test_the_window_says_why_a_model_does_not_open(screen: Screen) -> None:
+    chat = importlib.import_module("background_chat").BackgroundChat("no such model")
+    window = Window(screen, chat, first="Anyone?")
+    window.until(lambda: window.status == "The model could not be opened")
+    assert window.shown.startswith("no such model: expected demo, 20b")
+    window.ask("Hello?")
+    assert "Hello?" not in window.shown and window.button("Send").instate(["disabled"])
+    window.window.close()
+
+
+def test_closing_the_window_ends_everything(window: Window, model: Any) -> None:
+    slow(model)
+    window.ask("Count.")
+    window.until(lambda: "One" in window.shown)
+    window.window.close()
+    window.window.close = lambda: None  # the fixture's
+    assert not [t for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")]
+
+
+@pytest.fixture
+def rumps(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    for name in ("rumps_stand_in", "menu_bar"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    stand_in = importlib.import_module("rumps_stand_in")
+    monkeypatch.setitem(sys.modules, "rumps", stand_in)
+    yield stand_in
+
+
+class Bar:
+    """The menu-bar app, used as a person does."""
+
+    def __init__(self, rumps: Any, chat: Any):
+        self.bar = importlib.import_module("menu_bar").MenuBar(chat)
+        self.item, self._rumps = self.bar.app.menu, rumps
+        self._status = next(iter(self.item.values()))
+
+    def until(self, status: str) -> None:
+        until(lambda: status in self._status.title, between=self._rumps.timers[-1].fire)
+
+    def ask(self, *answers: tuple[int, str]) -> None:
+        self._rumps.Window.answers += [self._rumps.Response(*answer) for answer in answers]
+        for _ in answers:
+            self.item["Ask ..."].click()
+
+    def read(self) -> tuple[str, str]:
+        self.item["Read the answer"].click()
+        window = self._rumps.Window.shown[-1]
+        return window.message, window.default_text
+
+
+def test_the_menu_bar_asks_and_tells(rumps: Any, chat: Any, model: Any) -> None:
+    bar = Bar(rumps, chat)
+    assert bar.item["Ask ..."].callback is None is bar.item["Read the answer"].callback
+    bar.until("Ready")
+    bar.ask((0, "cancelled"), (1, "  "))
+    assert bar.item["Ask ..."].callback and not model.prompt
+    bar.ask((1, "Two and two?"))
+    assert bar.item["Ask ..."].callback is None and bar.bar.app.title == "gpt-oss ..."
+    bar.until("reused")
+    assert bar.read() == ("Two and two?", "Four, naïvely: 4.") and bar.bar.app.title == "gpt-oss"
+    [(title, status, answer)] = rumps.notified
+    assert (title, answer) == ("gpt-oss", "Four, naïvely: 4.") and "tokens" in status
+    assert [item for item in bar.item][1:] == [
+        "Ask ...", "Read the answer", "Stop", "New chat", "Quit"
+    ]  # fmt: skip
+
+
+def test_the_menu_bar_stops_and_begins_anew(rumps: Any, chat: Any, model: Any) -> None:
+    rumps.bundled = False  # no notifications
+    slow(model)
+    bar = Bar(rumps, chat)
+    bar.until("Ready")
+    bar.ask((1, "Count."))
+    until(lambda: bar.read()[1].startswith("One"), between=rumps.timers[-1].fire)
+    bar.item["Stop"].click()
+    bar.until("Stopped")
+    assert bar.item["Stop"].callback is None and "five, more, more, more" not in bar.read()[1]
+    bar.item["New chat"].click()
+    bar.until("A new chat")
+    assert bar.item["Read the answer"].callback is None
+
+
+def test_the_menu_bar_says_what_failed(rumps: Any, chat: Any, model: Any) -> None:
+    model.config.max_position_embeddings = 10
+    bar = Bar(rumps, chat)
+    bar.until("Ready")
+    bar.ask((1, "Two and two?"))
+    bar.until("Failed")
+    assert "context" in bar.read()[1] and bar.item["Ask ..."].callback
+
+
+def test_the_menu_bar_of_a_model_that_is_not_there(
+    rumps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["menu_bar", "-m", "no such model"])
+    menu_bar = importlib.import_module("menu_bar")
+    menu_bar.main()  # the stand-in quits at once
+    assert not [t for t in threading.enumerate() if t.name == "chat"]
+    rumps.timers[-1].fire()
+    [(_, status, text)] = rumps.notified
+    assert status == "Failed" and text.startswith("no such model: expected demo, 20b")
+
+
+def test_the_hooks_find_what_a_mac_needs(tmp_path: Path) -> None:
+    """A mlx as its macOS wheels lay it out: without __init__.py, the Metal library in lib/."""
+    pytest.importorskip("PyInstaller", reason="PyInstaller is not installed")
+    (tmp_path / "mlx" / "lib").mkdir(parents=True)
+    for name in ("core.py", "lib/mlx.metallib", "lib/libmlx.dylib", "lib/libjaccl.dylib"):
+        (tmp_path / "mlx" / name).touch()
+    code = (
+        "import json, runpy, sys; sys.path[:0] = [sys.argv[1]]; "
+        "print(json.dumps(runpy.run_path(sys.argv[2])['datas']))"
+    )
+
+    def datas(hook: str) -> list[tuple[str, str]]:
+        command = [sys.executable, "-c", code, str(tmp_path), str(HOOKS / hook)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [(str(Path(source)), folder) for source, folder in json.loads(done.stdout)]
+
+    assert datas("hook-mlx.core.py") == [(str(tmp_path / "mlx/lib/mlx.metallib"), "mlx/lib")]
+    carried = {f"{folder}/{Path(source).name}" for source, folder in datas("hook-mlx_gptoss.py")}
+    read = [*(ROOT / "mlx_gptoss/data").iterdir(), *(ROOT / "metal").glob("*.metal")]
+    read += (ROOT / "metal").glob("*.h")
+    assert carried == {f"mlx_gptoss/{path.parent.name}/{path.name}" for path in read}
+
+
+def test_the_py2app_recipe_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))
+    runpy.run_path(str(EXAMPLES / "setup_py2app.py"))
+    options = given["options"]["py2app"]
+    assert all((EXAMPLES / script).exists() for script in given["app"])
+    for package in options["packages"]:  # py2app finds no package without __init__.py
+        spec = find_spec(package)
+        assert spec and spec.origin and spec.origin.endswith("__init__.py"), package
+    assert all(find_spec(name) for name in options["includes"])
+    [(folder, files)] = given["data_files"]
+    assert folder.endswith("/lib-dynload/mlx/lib") and {"libmlx.so"} <= {
+        Path(f).name for f in files
+    }
+
+
+def test_the_first_run_of_the_page_calls_us_rightly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [example] = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    monkeypatch.setenv("MLX_GPTOSS_HOME", "of the user")
+    called: list[str] = []
+
+    def strict(name: str, made: Any) -> None:
+        """A double that takes what the real function takes."""
+        double = create_autospec(names[name])
+        double.side_effect = lambda *_, **__: called.append(name) or made
+        names[name] = double
+
+    fetched = SimpleNamespace(folder=tmp_path / "hub" / "snapshot")
+    strict("download", fetched)
+    strict("convert_checkpoint", None)
+    monkeypatch.setattr(Runtime, "open", lambda name: called.append(name))
+    names["open_model"]("20b", tmp_path, print)
+    assert called == ["download", "convert_checkpoint", "20b"]
+    source, target = names["convert_checkpoint"].call_args.args
+    assert source == fetched.folder and target == tmp_path / "models" / "gpt-oss-20b"
+    assert target.parent.is_dir()
+    target.mkdir()
+    names["open_model"]("20b", tmp_path, print)
+    assert called[3:] == ["20b"]
+
+
+def test_what_the_page_links_is_there() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", PAGE.read_text())
+    assert links and [link for link in links if not (EXAMPLES / link).exists()] == []
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundled app at work: its process, and the pictures of its transcript until it answered."""
+
+    process: subprocess.Popen[str]
+    frames: list[bytes]
+    answer: str
+
+
+def bundle(work: Path) -> Path:
+    """Build the wheel, and from it the chat window as an app; returns the program."""
+    with zipfile.ZipFile(build_wheel(work)) as wheel:
+        wheel.extractall(work / "site")  # what pip does with a wheel of Python files
+    folders = ["--distpath", "dist", "--workpath", "work", "--specpath", "."]
+    subprocess.run(
+        [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN", *folders,
+         "--name", "chat", str(EXAMPLES / "chat_window.py")],
+        cwd=work,
+        env=os.environ | {"PYTHONPATH": str(work / "site")},
+        check=True,
+    )  # fmt: skip
+    return work / "dist" / "chat" / "chat"
+
+
+def run_bundle(program: Path, screen: Screen, home: Path) -> Bundle:
+    """Ask a question and look at the transcript's part of the screen until the answer is there."""
+    process = subprocess.Popen(
+        [program, "--temperature", "0", "--ask", QUESTION],
+        cwd=home,
+        env={"HOME": str(home), "DISPLAY": screen.display},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    frames: list[bytes] = []
+    while not select.select([process.stdout], [], [], 0.05)[0]:
+        frame = b"".join(screen.rows()[60:400])
+        if frame not in frames[-1:]:
+            frames.append(frame)
+    return Bundle(process, frames, process.stdout.readline())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # PyInstaller takes half a minute of CPU, on a machine that may be busy
+def test_the_window_works_as_a_bundled_app(screen: Screen, tmp_path: Path) -> None:
+    """Nothing is on the machine but the bundle: no Python environment, an empty home."""
+    pytest.importorskip("PyInstaller", reason="PyInstaller is not installed")
+    home = tmp_path / "home"
+    home.mkdir()
+    program = bundle(tmp_path)
+    running = run_bundle(program, screen, home)
+    try:
+        assert "Paris" in running.answer
+        assert len(running.frames) > 5, "the answer appeared at once, not as it was written"
+        assert [path.name for path in (home / ".cache").iterdir()] == ["mlx-gptoss"]
+    finally:
+        running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(60) == 0
+    carried = {path.name for path in (program.parent / "_internal").iterdir()}
+    assert {"mlx", "mlx_gptoss"} <= carried
+    assert not carried & {"mlx_lm", "transformers", "torch", "pytest"}
+
+
+def take_picture() -> None:
+    """Write the picture of the examples' page anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        with Screen(work) as screen:
+            running = run_bundle(bundle(work), screen, work)
+            time.sleep(1)  # the status line
+            (EXAMPLES / "chat_window.png").write_bytes(png(screen.rows()))
+            running.process.send_signal(signal.SIGINT)
+            running.process.wait(60)
+
+
+if __name__ == "__main__":
+    take_picture()
