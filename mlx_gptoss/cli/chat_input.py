@@ -95,15 +95,15 @@ def open_lines(commands: Iterable[str]) -> Iterator[Lines]:
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(HISTORY_LENGTH)
-    _complete_with_tab(list(commands))
+    _set_keys(list(commands))
     try:
         yield Lines(is_interactive=True)
     finally:
         _keep(history)
 
 
-def _complete_with_tab(commands: list[str]) -> None:
-    """Let Tab complete commands; elsewhere it stays a character, as in text that is pasted."""
+def _set_keys(commands: list[str]) -> None:
+    """Let Tab complete commands, elsewhere it stays a character; take what is pasted as a whole."""
     import readline
 
     def candidate(word: str, number: int) -> str | None:
@@ -116,8 +116,11 @@ def _complete_with_tab(commands: list[str]) -> None:
 
     readline.set_completer(candidate)
     readline.set_completer_delims(" /")  # what is offered is shown without what stands before
-    is_libedit = "libedit" in (readline.__doc__ or "")  # as on a Mac
-    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+    if "libedit" in (readline.__doc__ or ""):  # as on many Macs; it knows no pasted text
+        readline.parse_and_bind("bind ^I rl_complete")
+        return
+    readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # its lines are one message
 
 
 def _keep(history: Path) -> None:
