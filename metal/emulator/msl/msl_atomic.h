@@ -12,7 +12,7 @@ typedef atomic<float> atomic_float;
 typedef atomic<bool> atomic_bool;
 
 template <class T, class F>
-inline __attribute__((noinline)) EMU_UNTRACED T emu_read_modify_write(T* a, F next, EmuSite site) {
+EMU_ATOMIC_BODY T emu_read_modify_write(T* a, F next, EmuSite site) {
   emu_atomic(a, sizeof(T), EMU_ATOMIC_READS, site);
   T old, desired;
   __atomic_load(a, &old, __ATOMIC_RELAXED);
@@ -21,12 +21,12 @@ inline __attribute__((noinline)) EMU_UNTRACED T emu_read_modify_write(T* a, F ne
   return old;
 }
 template <class T>
-inline __attribute__((noinline)) EMU_UNTRACED void emu_store(T* a, T desired, EmuSite site) {
+EMU_ATOMIC_BODY void emu_store(T* a, T desired, EmuSite site) {
   emu_atomic(a, sizeof(T), EMU_ATOMIC_STORES, site);
   __atomic_store(a, &desired, __ATOMIC_RELAXED);
 }
 template <class T>
-inline __attribute__((noinline)) EMU_UNTRACED bool emu_exchange_if(T* a, T* expected, T desired,
+EMU_ATOMIC_BODY bool emu_exchange_if(T* a, T* expected, T desired,
                                                                    EmuSite site) {
   emu_atomic(a, sizeof(T), EMU_ATOMIC_READS, site);
   return __atomic_compare_exchange(a, expected, &desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);

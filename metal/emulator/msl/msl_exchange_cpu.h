@@ -3,6 +3,7 @@
 #pragma once
 namespace metal {
 #define EMU_SIMD_BODY inline __attribute__((noinline, convergent)) EMU_UNTRACED
+#define EMU_ATOMIC_BODY inline __attribute__((noinline)) EMU_UNTRACED
 
 EMU_INLINE uint emu_lane() { return emu_thread->thread_index_in_simdgroup; }
 

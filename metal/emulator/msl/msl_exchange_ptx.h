@@ -2,6 +2,7 @@
 #pragma once
 namespace metal {
 #define EMU_SIMD_BODY inline __attribute__((always_inline, convergent))
+#define EMU_ATOMIC_BODY EMU_INLINE
 constexpr uint EMU_ALL = ~0u;
 
 EMU_SIMD void emu_threadgroup_barrier(uint, EmuSite) { __nvvm_barrier_sync(0); }
