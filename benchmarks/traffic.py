@@ -65,6 +65,7 @@ STREAMS = {
     "norm_qkv_rope": tuple(f"w{name}_{part}" for name in "qkv" for part in "wso"),
     "out_residual": ("wo_w", "wo_s", "wo_o"),
     "route": ("wr_w",),
+    "sample_filtered": ("logits",),
     "sample_token": ("best",),
     "unembed": ("head_w", "head_s", "head_o"),
 }
@@ -113,6 +114,8 @@ def ideal_bytes(stem: str, given: dict[str, Any], sizes: Sizes) -> float:
             return both * sizes.chosen / sizes.experts
         case "norm_qkv_rope":
             return sum(packed_bytes(matrix) for matrix in given["projections"])
+        case "sample_filtered":
+            return given["logits"].nbytes
         case "sample_token":
             return given["best"].nbytes
     return packed_bytes(given["router" if stem == "route" else "matrix"])

@@ -7,28 +7,13 @@
 // Grid:      V/64 threadgroups of 64 rows in 4 rounds, one simdgroup for each third of D (matvec.h): 96 threads,
 //            3142 groups; 64 rows so that a group's one read of x and norm is 2% of its weights. In a batch R = 2 vectors
 //            a simdgroup and up to 4 such blocks a threadgroup, as in norm_qkv_rope; deep enough for B.
-// Numerics:  float32 throughout; ids are exact in float32 (V < 2^24). The noise is sampling.gumbel's, bit for bit up to log.
+// Numerics:  float32 throughout; ids are exact in float32 (V < 2^24). The noise is sampling.gumbel's (gumbel.h).
 // Requires:  V % 64 == 0, V < 2^24; D fills whole simdgroups (matvec.h); checked in kernels.unembed.
 // Used when: a decode step ends.
 // Not fused: the choice between threadgroups (sample_token); MLX has no ordering between groups of one dispatch.
-// Source:    our own; hash "lowbias32" of Chris Wellons (public domain), as in sampling.py.
+// Source:    our own.
+#include "gumbel.h"
 #include "matvec.h"
-
-METAL_FUNC uint mix(uint x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
-METAL_FUNC float gumbel(uint low, uint high, uint position, uint id) {
-  low = mix(low + 0x9E3779B9u);
-  const uint a = mix(low ^ position), b = mix(mix(high ^ low) + a);
-  const uint bits = mix(mix(id + a) ^ b);
-  const float w = min((float(bits) + 0.5f) * 2.3283064365386963e-10f, 0.99999994f), rest = 1.0f - w;
-  // w = bits / 2^32, below 1; -log(1 - w), exact for small w too: the rounding of `rest` cancels in the ratio (Goldberg 1991, theorem 4)
-  const float exponential = rest == 1.0f ? w : -metal::log(rest) * (w / (1.0f - rest));
-  return -metal::log(exponential);
-}
 
 // The 64 logits of a vector in this threadgroup, and its candidate among them, by one simdgroup.
 template <int D, int V, int groups>
@@ -47,9 +32,7 @@ METAL_FUNC void finish(
     logit *= scale;
     logits[v] = logit;
     own[i] = allowed[v] ? logit : -INFINITY;
-    float candidate = own[i];
-    if (divisor > 0 && allowed[v])
-      candidate = logit / max(divisor, 1e-6f) + gumbel(uint(control[3]), uint(control[4]), uint(control[0]) + 1, v);
+    const float candidate = allowed[v] ? score_of(logit, divisor, control, v) : -INFINITY;
     id = candidate > score ? v : id;
     score = max(score, candidate);
   }

@@ -247,6 +247,11 @@ FAULTS = [
     ("route", "sums[(r * groups + group) * 5 + 4] = square", "sums[r * groups * 5 + 4] = square"),
     ("unembed", "uint(control[0]) + 1", "uint(control[0])"),
     ("out_residual", "n / rows * stride", "n / rows * 0"),
+    ("sample_filtered", "ulong(distance) << 23 | v", "ulong(distance) << 23"),
+    ("sample_filtered", "limit + one > found", "true"),
+    ("sample_filtered", "limit -= sums[GROUPS + 1];", ""),
+    ("sample_filtered", "row.logits[v] - row.high < least", "false"),
+    ("sample_filtered", "g < group ? sums[g] : 0", "sums[g]"),
 ]  # fmt: skip
 
 
@@ -260,6 +265,7 @@ def test_faults_are_found(
     sizes = {
         "route": replace(Sizes(), hidden=2048),  # more than one simdgroup
         "attention_window_prefill": replace(Sizes(), q_heads=9, kv_heads=3, tokens=41),
+        "sample_filtered": replace(Sizes(), batch=33),  # each filter draws several times
     }.get(stem, Sizes())
     try:
         with emulate(allow=ALLOW.get(stem, ())):

@@ -175,6 +175,8 @@ def change(stem: str, **changes: Any) -> None:
         ("out_residual", {"residual": mx.zeros((1, 100))},
          "rows: expected a multiple of 16, got 100"),
         ("route", {"norm": mx.zeros((191,))}, r"norm: expected \(192,\) float32"),
+        ("sample_filtered", {"sampling": mx.zeros((1, 4))},
+         r"sampling: expected \(1, 8\) float32, got \(1, 4\) float32"),
         ("sample_token", {"best": mx.zeros((1, 10, 4))}, r"best: expected \(1, 11, 4\) float32"),
         ("unembed", {"allowed": mx.zeros((704,), mx.bool_)}, r"allowed: expected \(704,\) uint8"),
     ],

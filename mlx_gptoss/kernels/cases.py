@@ -290,14 +290,37 @@ def unembed(make: Inputs) -> Arguments:
 def sample_token(make: Inputs) -> Arguments:
     """Inputs of `kernels.sample_token`: candidates of all tiles but one."""
     s = make.sizes
-    tiles = s.vocab // 64
     logits = make.normal(s.batch, s.vocab, scale=3).astype(mx.float32)
-    parts = logits.reshape(s.batch, tiles, 64)
-    peak = parts.max(-1)
-    ids = mx.argmax(parts, axis=-1) + 64 * mx.arange(tiles)
-    best = mx.stack(
-        [peak, ids.astype(mx.float32), peak, mx.exp(parts - peak[..., None]).sum(-1)], -1
-    )
-    nothing = mx.array([-mx.inf, s.vocab, -mx.inf, 0])
-    best = mx.where((mx.arange(tiles) == 1)[:, None], nothing, best)
+    best = _candidates(mx.where(mx.arange(s.vocab) // 64 == 1, -mx.inf, logits))
     return {"best": best, "logits": logits, "control": make.control()}
+
+
+def sample_filtered(make: Inputs) -> Arguments:
+    """Inputs of `kernels.sample_filtered`: every filter, alone and together.
+
+    Many logits are equal; at 1e4 degrees any token that is kept may be drawn.
+    """
+    s = make.sizes
+    allowed = mx.arange(s.vocab) % 5 > 0
+    logits = mx.round(make.normal(s.batch, s.vocab, scale=3).astype(mx.float32))
+    filters = [(1e4, 5, 1, 0), (1e4, 0, 0.3, 0), (1e4, 0, 1, 0.3), (2, 70, 0.8, 0.001),
+               (0, 3, 0.5, 0), (0.8, 0, 1, 0), (1e4, 40, 0.5, 0)]  # fmt: skip
+    rows = [[*filters[row % 7], 0, 0, 0, 0] for row in range(s.batch)]
+    return {
+        "best": _candidates(mx.where(allowed, logits, -mx.inf)),
+        "logits": logits,
+        "allowed": allowed.astype(mx.uint8),
+        "control": make.control(),
+        "sampling": mx.array(rows, dtype=mx.float32),
+    }
+
+
+def _candidates(logits: mx.array) -> mx.array:
+    """What `unembed` says of each 64 logits, without noise; logits of -inf are not allowed."""
+    vocabulary = logits.shape[-1]
+    parts = logits.reshape(logits.shape[0], -1, 64)
+    peak = parts.max(-1)
+    ids = mx.argmax(parts, axis=-1) + 64 * mx.arange(parts.shape[1])
+    ids = mx.where(peak == -mx.inf, vocabulary, ids).astype(mx.float32)
+    total = mx.where(parts == -mx.inf, 0, mx.exp(parts - peak[..., None])).sum(-1)
+    return mx.stack([peak, ids, peak, total], axis=-1)

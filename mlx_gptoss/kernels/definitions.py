@@ -13,7 +13,7 @@ from mlx_gptoss.kernels.attention import LOG2_E, TILE
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.rope import RopeTable
-from mlx_gptoss.sampling import gumbel
+from mlx_gptoss.sampling import SamplingRows, gumbel, sample
 
 
 def embed(token: mx.array, matrix: Matrix, *, width: int, dtype: mx.Dtype) -> mx.array:
@@ -197,8 +197,38 @@ def sample_token(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """See `kernels.sample_token`."""
     winner = mx.argmax(best[..., 0], axis=-1, keepdims=True)
-    token = mx.take_along_axis(best[..., 1], winner, axis=-1).astype(mx.int32)
+    token = mx.take_along_axis(best[..., 1], winner, axis=-1).astype(mx.int32)[:, 0]
+    return token, *_after(token, best, logits, control)
+
+
+def sample_filtered(
+    best: mx.array,
+    logits: mx.array,
+    *,
+    allowed: mx.array,
+    control: mx.array,
+    sampling: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """See `kernels.sample_filtered`."""
+    temperature, top_k, top_p, min_p = mx.split(sampling[:, :4], 4, axis=-1)
+    rows = SamplingRows(
+        temperature=temperature,
+        top_k=mx.where(top_k > 0, top_k, logits.shape[-1]).astype(mx.int32),
+        top_p=top_p,
+        min_p=min_p,
+        key=control[:, 3:5].astype(mx.uint32),
+        draws=True,
+        sorts=True,
+    )
+    token = sample(logits, control[:, 0] + 1, rows=rows, allowed=allowed > 0)
+    return token, *_after(token, best, logits, control)
+
+
+def _after(
+    token: mx.array, best: mx.array, logits: mx.array, control: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The log-probability of a chosen token, and the next step's control."""
     peak = best[..., 2].max(-1)
     total = (mx.exp(best[..., 2] - peak[:, None]) * best[..., 3]).sum(-1)
-    logprob = mx.take_along_axis(logits, token, axis=-1)[:, 0] - peak - mx.log(total)
-    return token[:, 0], logprob, control + mx.array([1, 0, 1, 0, 0, 0, 0, 0], dtype=mx.int32)
+    logprob = mx.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - peak - mx.log(total)
+    return logprob, control + mx.array([1, 0, 1, 0, 0, 0, 0, 0], dtype=mx.int32)

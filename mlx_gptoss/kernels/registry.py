@@ -58,7 +58,7 @@ _WRAPPERS: dict[ModuleType, tuple[str, ...]] = {
     ),
     experts: ("expert_dispatch", "experts_down", "experts_swiglu"),
     projections: ("embed", "norm_qkv_rope", "out_residual", "route"),
-    sampling: ("sample_token", "unembed"),
+    sampling: ("sample_filtered", "sample_token", "unembed"),
 }
 _DENSE = {"embed", "norm_qkv_rope", "out_residual", "unembed"}
 _OBSERVED = {"attention_decode": _softmax, "norm_qkv_rope": _written_rows}

@@ -8,6 +8,7 @@ from mlx_gptoss.kernels.projections import CONTROL
 from mlx_gptoss.matrix import Matrix
 
 TILE = 64  # logits of a threadgroup
+SAMPLING = 8  # columns: temperature, top-k, top-p, min-p; 8 for the reason that CONTROL has
 
 
 def unembed(
@@ -95,13 +96,67 @@ def sample_token(
     token, logprob, following = launch(
         stem,
         {"best": best, "logits": logits, "control": control},
-        {
-            "token": ((batch,), mx.int32),
-            "logprob": ((batch,), mx.float32),
-            "next": (control.shape, mx.int32),
-        },
+        _next_token(control),
         body=body,
         groups=(batch, 1, 1),
         threads=256,
     )
     return token, logprob, following
+
+
+def sample_filtered(
+    best: mx.array,
+    logits: mx.array,
+    *,
+    allowed: mx.array,
+    control: mx.array,
+    sampling: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The next token among those that each row's top-k, top-p and min-p leave.
+
+    The token of a row without any of them is `sample_token`'s.
+
+    Args:
+        best: (B, V/64, 4) float32.
+        logits: (B, V) float32.
+        allowed: (V,) uint8, 1 where a token may be chosen.
+        control: (B, 8) int32.
+        sampling: (B, 8) float32: temperature, 0 is greedy; top-k, 0 is off; top-p, 1 is off; min-p,
+            0 is off.
+
+    Returns:
+        As `sample_token`.
+    """
+    stem = "sample_filtered"
+    (batch, vocabulary), tiles = logits.shape, best.shape[1]
+    require(stem, vocabulary < 2**22, "vocabulary", "less than 2^22", vocabulary)
+    expect(stem, "best", best, (batch, vocabulary // TILE, 4), mx.float32)
+    expect(stem, "logits", logits, (batch, vocabulary), mx.float32)
+    expect(stem, "allowed", allowed, (vocabulary,), mx.uint8)
+    expect(stem, "control", control, (batch, CONTROL), mx.int32)
+    expect(stem, "sampling", sampling, (batch, SAMPLING), mx.float32)
+    body = (
+        "threadgroup uint bins[2048], sums[18];\nthreadgroup float floats[16];\n"
+        f"sample_filtered<{vocabulary}, {tiles}>(best, logits, allowed, control, sampling, token, "
+        "logprob, next, bins, sums, floats, $tile, $thread_id, $lane, $group);"
+    )
+    inputs = {"best": best, "logits": logits, "allowed": allowed}
+    token, logprob, following = launch(
+        stem,
+        inputs | {"control": control, "sampling": sampling},
+        _next_token(control),
+        body=body,
+        groups=(batch, 1, 1),
+        threads=512,
+    )
+    return token, logprob, following
+
+
+def _next_token(control: mx.array) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    """What both kernels that choose a token write."""
+    batch = control.shape[0]
+    return {
+        "token": ((batch,), mx.int32),
+        "logprob": ((batch,), mx.float32),
+        "next": (control.shape, mx.int32),
+    }
