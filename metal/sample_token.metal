@@ -5,7 +5,7 @@
 // Grid:      B threadgroups of 8 simdgroups: 3142 candidates are 13 loads of 16 bytes a thread.
 // Numerics:  float32; the token is an exact comparison of unembed's scores.
 // Requires:  a token that may be chosen; checked in kernels.sample_token as far as shapes go.
-// Used when: a decode step ends without top-k, top-p or min-p; with them sampling.sample works on the logits.
+// Used when: a decode step ends, and no row has a top-k, top-p or min-p; else sample_filtered.
 // Not fused: with unembed, which has no last threadgroup.
 // Source:    our own.
 #include "simd.h"

@@ -14,8 +14,9 @@ each attends over its own frozen segments. The rows of a batch depend on nothing
 """
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -24,18 +25,18 @@ import mlx.core as mx
 from mlx_gptoss.cache import FullCache, ModelCache, Segment
 from mlx_gptoss.config import FULL
 from mlx_gptoss.decode_state import DecodeState, StepArrays, joined
+from mlx_gptoss.decode_weights import Weights, arrays_of, given, weights_of
 from mlx_gptoss.errors import CacheError
 from mlx_gptoss.kernels.attention import splits_for
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
+from mlx_gptoss.sampling import SamplingParams
 
 ROWS = 128  # of an append segment: 0.25% of a token's bytes are copied, one merge in 128 tokens
 CONTROL = 8  # columns: position, base, slot, seed low, seed high; 8 make MLX pass a device pointer
 
 MOST_TRACES = 64  # of one compiled function, which keeps them all: one for each set of shapes
-
-Weights = dict[str, Any]
 
 
 class Decoder:
@@ -50,11 +51,11 @@ class Decoder:
 
     def __init__(self, model: Model, *, kernels: KernelSet, allowed: mx.array):
         self.model, self.kernels = model, kernels
-        self.weights = _weights(model, allowed.astype(mx.uint8))
+        self.weights = weights_of(model, allowed.astype(mx.uint8))
         table = model.embedding
         self._table = table if isinstance(table, Matrix) else table.rows(mx.array([0]))
         self.traces = self._forgotten = 0
-        self._compiled = mx.compile(self.step)
+        self._compiled = _compiled(self.step)
         self._together: weakref.WeakSet[Decoding] = weakref.WeakSet()  # of the last step
 
     def step(
@@ -63,8 +64,10 @@ class Decoder:
         append: list[Segment],
         token: mx.array,
         control: mx.array,
-        temperature: mx.array,
+        sampling: mx.array,
         weights: Weights,
+        *,
+        filtered: bool,
     ) -> tuple[mx.array, mx.array, mx.array, list[Segment]]:
         """Feed one token a row and sample the next: what `mx.compile` traces.
 
@@ -74,8 +77,9 @@ class Decoder:
             append: see `StepArrays`.
             token: (B,) int32, rows of the embedding in `weights`.
             control: (B, 8) int32.
-            temperature: (B, 8) float32 in column 0; 0 is greedy.
+            sampling: (B, 8) float32, see `kernels.sample_filtered`.
             weights: as `Decoder.weights`.
+            filtered: some row has a top-k, top-p or min-p.
 
         Returns:
             token, control, logprob and append of the next state.
@@ -87,7 +91,7 @@ class Decoder:
         spans = [slice(end - f[0][0].shape[0], end) for f, end in zip(frozen, ends, strict=True)]
         x = k.embed(
             token,
-            _joined(self._table, weights["embedding"]),
+            given(self._table, weights["embedding"]),
             width=c.hidden_size,
             dtype=model.dtype,
         )
@@ -95,7 +99,7 @@ class Decoder:
         for n, kind in enumerate(c.layer_types):
             layer = weights["layers"][n]
             attention, moe = model.layers[n]
-            projections = [_joined(getattr(attention, p), layer[p]) for p in ("q", "k", "v")]
+            projections = [given(getattr(attention, p), layer[p]) for p in ("q", "k", "v")]
             q, recent = k.norm_qkv_rope(
                 x, layer["norm"], projections, rope, control=control, append=append[n], eps=eps
             )
@@ -111,28 +115,33 @@ class Decoder:
                 )
                 for layers, rows in zip(frozen, spans, strict=True)
             ]
-            x = k.out_residual(mx.concatenate(mixed), _joined(attention.out, layer["out"]), x)
-            y, logits = k.route(x, layer["moe_norm"], _joined(moe.router, layer["router"]), eps=eps)
+            x = k.out_residual(mx.concatenate(mixed), given(attention.out, layer["out"]), x)
+            y, logits = k.route(x, layer["moe_norm"], given(moe.router, layer["router"]), eps=eps)
             h = k.experts_swiglu(
                 y,
                 logits,
-                _joined(moe.gate, layer["gate"]),
-                _joined(moe.up, layer["up"]),
+                given(moe.gate, layer["gate"]),
+                given(moe.up, layer["up"]),
                 chosen=c.num_experts_per_tok,
                 alpha=c.swiglu_alpha,
                 limit=c.swiglu_limit,
             )
-            x = k.experts_down(h, logits, _joined(moe.down, layer["down"]), x)
+            x = k.experts_down(h, logits, given(moe.down, layer["down"]), x)
         logits, best = k.unembed(
             x,
             weights["norm"],
-            _joined(model.unembedding, weights["unembedding"]),
+            given(model.unembedding, weights["unembedding"]),
             allowed=weights["allowed"],
             control=control,
-            temperature=temperature,
+            temperature=sampling,
             eps=eps,
         )
-        token, logprob, control = k.sample_token(best, logits, control=control)
+        if filtered:
+            token, logprob, control = k.sample_filtered(
+                best, logits, allowed=weights["allowed"], control=control, sampling=sampling
+            )
+        else:
+            token, logprob, control = k.sample_token(best, logits, control=control)
         return token, control, logprob, appended
 
     def _attend(
@@ -160,7 +169,7 @@ class Decoder:
         table = self.model.embedding
         if isinstance(table, Matrix):
             return token, self.weights
-        rows = _arrays(table.rows(token))
+        rows = arrays_of(table.rows(token))
         return mx.arange(token.size, dtype=mx.int32), self.weights | {"embedding": rows}
 
     def start(
@@ -168,21 +177,19 @@ class Decoder:
         cache: ModelCache,
         token: mx.array,
         *,
-        temperatures: Sequence[float],
-        seeds: Sequence[int],
+        sampling: Sequence[SamplingParams],
     ) -> "Decoding":
         """Begin to decode after a prompt.
 
         Args:
             cache: holds the prompt but for its last token, without padding; `Decoding` extends it.
             token: (R,) int32, the token to feed first to each row of the cache.
-            temperatures: of each row; 0 is greedy.
-            seeds: of each row's noise, in [0, 2**64).
+            sampling: of each row, with a seed.
 
         Raises:
             CacheError: rows of the cache are padded.
         """
-        return Decoding(self, cache, token, temperatures=temperatures, seeds=seeds)
+        return Decoding(self, cache, token, sampling=sampling)
 
     def advance(self, decodings: Sequence["Decoding"]) -> None:
         """Launch the next step of several generations together; each can still drop it.
@@ -191,7 +198,7 @@ class Decoder:
             decodings: different ones, of this decoder; they may be others in every step.
         """
         if self.traces - self._forgotten >= MOST_TRACES:
-            self._compiled, self._forgotten = mx.compile(self.step), self.traces
+            self._compiled, self._forgotten = _compiled(self.step), self.traces
         # Batches that differ in order alone would be traced anew.
         decodings = sorted(decodings, key=lambda one: one.capacity)
         for one in decodings:
@@ -201,19 +208,20 @@ class Decoder:
         self._together = weakref.WeakSet(decodings)
         batch = joined([one.state for one in decodings])
         fed, weights = self._fed(batch.token)
-        token, control, logprob, append = self._compiled(
+        filtered = any(one.filtered for one in decodings)
+        token, control, logprob, append = self._compiled[filtered](
             [one.frozen for one in decodings],
             batch.append,
             fed,
             batch.control,
-            batch.temperature,
+            batch.sampling,
             weights,
         )
         after = StepArrays(
             token=token,
             control=control,
             logprob=logprob,
-            temperature=batch.temperature,
+            sampling=batch.sampling,
             append=append,
         )
         first = 0
@@ -229,6 +237,7 @@ class Decoding:
     Attributes:
         state: the newest state; its token is not fed yet.
         frozen: keys and values of each layer up to the last merge.
+        filtered: some row has a top-k, top-p or min-p.
     """
 
     def __init__(
@@ -237,8 +246,7 @@ class Decoding:
         cache: ModelCache,
         token: mx.array,
         *,
-        temperatures: Sequence[float],
-        seeds: Sequence[int],
+        sampling: Sequence[SamplingParams],
     ):
         if cache.start is not None:
             raise CacheError(
@@ -249,14 +257,16 @@ class Decoding:
         self._previous: DecodeState | None = None
         c, count = decoder.model.config, token.size
         self.frozen = _frozen(cache)
-        rows = [[cache.offset, cache.offset, 0, *_words(seed), 0, 0, 0] for seed in seeds]
+        self.filtered = any(map(_filters, sampling))
+        at = cache.offset
+        rows = [[at, at, 0, *_words(params.seed or 0), 0, 0, 0] for params in sampling]
         shape = (count, c.num_key_value_heads, ROWS, c.head_dim)
         dtype = decoder.model.dtype
         step = StepArrays(
             token=token.astype(mx.int32),
             control=mx.array(rows, dtype=mx.int32),
             logprob=mx.zeros((count,)),
-            temperature=mx.array([[t, 0, 0, 0, 0, 0, 0, 0] for t in temperatures], mx.float32),
+            sampling=mx.array([_columns(params) for params in sampling], mx.float32),
             append=[(mx.zeros(shape, dtype), mx.zeros(shape, dtype)) for _ in c.layer_types],
         )
         self.state = DecodeState.of(step, first=0, count=count, slot=0)
@@ -321,38 +331,27 @@ def _frozen(cache: ModelCache) -> list[Segment]:
     return segments
 
 
+def _compiled(step: Callable[..., Any]) -> dict[bool, Callable[..., Any]]:
+    """The step without and with filters: a batch without any skips `sample_filtered`'s passes."""
+    return {filtered: mx.compile(partial(step, filtered=filtered)) for filtered in (False, True)}
+
+
+def _filters(params: SamplingParams) -> bool:
+    """Whether a top-k, top-p or min-p can change what is drawn."""
+    return params.temperature > 0 and (
+        params.top_k is not None or params.top_p < 1 or bool(params.min_p)
+    )
+
+
+def _columns(params: SamplingParams) -> list[float]:
+    """A row of `kernels.sample_filtered`'s `sampling`; a greedy row needs no filter."""
+    if not _filters(params):
+        return [params.temperature, 0, 1, 0, 0, 0, 0, 0]
+    top_k = min(params.top_k or 0, 2**22)  # more than any vocabulary, and exact in float32
+    return [params.temperature, top_k, params.top_p, params.min_p or 0, 0, 0, 0, 0]
+
+
 def _words(seed: int) -> tuple[int, int]:
     """The two halves of a seed as int32 values."""
     low, high = seed & 0xFFFFFFFF, seed >> 32
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
-
-
-def _arrays(matrix: Matrix) -> dict[str, mx.array]:
-    found = {f.name: getattr(matrix, f.name) for f in fields(matrix)}
-    return {name: value for name, value in found.items() if isinstance(value, mx.array)}
-
-
-def _joined(matrix: Matrix, arrays: dict[str, mx.array]) -> Matrix:
-    """A matrix with the arrays that the compiled function was given in the place of its own."""
-    return replace(matrix, **arrays)
-
-
-def _weights(model: Model, allowed: mx.array) -> Weights:
-    layers = []
-    for attention, moe in model.layers:
-        matrices = {"q": attention.q, "k": attention.k, "v": attention.v, "out": attention.out}
-        matrices |= {"router": moe.router, "gate": moe.gate, "up": moe.up, "down": moe.down}
-        layer: Weights = {name: _arrays(matrix) for name, matrix in matrices.items()}
-        layer |= {"norm": attention.norm, "sinks": attention.sinks, "moe_norm": moe.norm}
-        layers.append(layer)
-    rope = (model.rope.coarse, model.rope.fine)
-    mx.eval(rope, allowed)
-    table = model.embedding
-    return {
-        "embedding": _arrays(table) if isinstance(table, Matrix) else {},
-        "layers": layers,
-        "norm": model.norm,
-        "unembedding": _arrays(model.unembedding),
-        "rope": rope,
-        "allowed": allowed,
-    }

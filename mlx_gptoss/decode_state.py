@@ -21,14 +21,14 @@ class StepArrays:
         token: (B,) int32, sampled, not yet fed.
         control: (B, 8) int32: position, base, slot, seed low, seed high.
         logprob: (B,) float32 of `token`, at temperature 1.
-        temperature: (B, 8) float32 in column 0; 0 is greedy.
+        sampling: (B, 8) float32: temperature, top-k, top-p, min-p.
         append: keys and values since each row's last merge, (B, Hkv, ROWS, 64) each, per layer.
     """
 
     token: mx.array
     control: mx.array
     logprob: mx.array
-    temperature: mx.array
+    sampling: mx.array
     append: list[Segment]
 
     @property
@@ -42,7 +42,7 @@ class StepArrays:
             token=change(self.token),
             control=change(self.control),
             logprob=change(self.logprob),
-            temperature=change(self.temperature),
+            sampling=change(self.sampling),
             append=[(change(keys), change(values)) for keys, values in self.append],
         )
 
@@ -84,7 +84,7 @@ class DecodeState:
             return self
         # A product has a buffer of its own; mx.contiguous would keep the batch's.
         own = self.rows.map(lambda a: a * 1)
-        mx.async_eval(own.arrays, own.temperature)
+        mx.async_eval(own.arrays, own.sampling)
         return DecodeState.of(own, first=0, count=self.count, slot=self.slot)
 
 
@@ -106,6 +106,6 @@ def joined(states: Sequence[DecodeState]) -> StepArrays:
         token=join([part.token for part in parts]),
         control=join([part.control for part in parts]),
         logprob=join([part.logprob for part in parts]),
-        temperature=join([part.temperature for part in parts]),
+        sampling=join([part.sampling for part in parts]),
         append=[(join([k for k, _ in s]), join([v for _, v in s])) for s in segments],
     )

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gptoss.config import FULL
 from mlx_gptoss.decode import CONTROL, ROWS, Decoder
+from mlx_gptoss.kernels.sampling import SAMPLING
 
 VIEWS = frozenset(
     """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten
@@ -105,8 +106,8 @@ def step_arguments(decoder: Decoder, *, rows: int, capacity: int) -> tuple[Any, 
 
     append = [segment(rows, ROWS) for _ in c.layer_types]
     token, control = mx.zeros((rows,), mx.int32), mx.zeros((rows, CONTROL), mx.int32)
-    temperature = mx.zeros((rows, CONTROL))
-    return [frozen() for _ in range(rows)], append, token, control, temperature, decoder.weights
+    sampling = mx.zeros((rows, SAMPLING))
+    return [frozen() for _ in range(rows)], append, token, control, sampling, decoder.weights
 
 
 def count_step(decoder: Decoder, *, rows: int, capacity: int) -> Counted:
@@ -116,7 +117,7 @@ def count_step(decoder: Decoder, *, rows: int, capacity: int) -> Counted:
 
     def call(*arrays: mx.array) -> list[mx.array]:
         tree = tree_unflatten(list(zip(names, arrays, strict=True)))
-        token, control, logprob, append = decoder.step(*tree)
+        token, control, logprob, append = decoder.step(*tree, filtered=False)
         return [token, control, logprob, *(a for pair in append for a in pair)]
 
     return count_traced(call, [array for _, array in flat])

@@ -92,12 +92,12 @@ class Engine:
     ) -> tuple[mx.array, Steps]:
         """Launch the first token after a prompt, from (1, V); it, and what takes the steps after.
 
-        The kernels take them where some are used, sample in this way, and are not guided.
+        The kernels take them where some are used and nothing guides them.
         """
         plain = ModelSteps(self.model, cache, sampling=sampling, allowed=self.allowed, guide=guide)
         token = plain.first(logits)
         kernels = self.model.kernels
-        if guide or not kernels.used or not KernelSteps.can_sample(sampling):
+        if guide or not kernels.used:
             return token, plain
         if self._decoder is None:
             self._decoder = Decoder(self.model, kernels=kernels, allowed=self.allowed)

@@ -139,17 +139,12 @@ class KernelSteps:
     Args:
         decoder: The model's.
         cache: Of the prompt.
-        sampling: With a seed; no top-k, top-p or min-p.
+        sampling: With a seed.
     """
 
     def __init__(self, decoder: Decoder, cache: ModelCache, *, sampling: SamplingParams) -> None:
         self._decoder, self._cache, self._sampling = decoder, cache, sampling
         self._decoding: Decoding | None = None
-
-    @staticmethod
-    def can_sample(sampling: SamplingParams) -> bool:
-        """Whether the step can choose tokens this way on the device."""
-        return sampling.top_p >= 1 and sampling.top_k is None and not sampling.min_p
 
     @property
     def waits(self) -> bool:
@@ -165,12 +160,7 @@ class KernelSteps:
 
     def _begun(self, token: mx.array) -> Decoding:
         if self._decoding is None:
-            self._decoding = self._decoder.start(
-                self._cache,
-                token,
-                temperatures=[self._sampling.temperature],
-                seeds=[self._sampling.seed or 0],
-            )
+            self._decoding = self._decoder.start(self._cache, token, sampling=[self._sampling])
         return self._decoding
 
     def ready(self) -> None:

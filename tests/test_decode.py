@@ -4,6 +4,7 @@ Here every operation runs its definition; `test_kernels_demo.py` runs the kernel
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -57,9 +58,7 @@ def model_tokens(
 def start(decoder: Decoder, prompt: mx.array, params: list[SamplingParams]):
     cache = decoder.model.make_cache(prompt.shape[0])
     decoder.model.hidden(prompt[:, :-1], cache)
-    temperatures = [p.temperature for p in params]
-    seeds = [p.seed or 0 for p in params]
-    return decoder.start(cache, prompt[:, -1], temperatures=temperatures, seeds=seeds), cache
+    return decoder.start(cache, prompt[:, -1], sampling=params), cache
 
 
 def tokens_of(decoding, count: int) -> list[list[int]]:
@@ -108,6 +107,27 @@ def test_rows_of_a_batch_draw_their_own_tokens(model: Model, decoder: Decoder) -
     prompt = prompts(3, 70)
     decoding, _ = start(decoder, prompt, params)
     assert tokens_of(decoding, 30) == model_tokens(model, prompt, 30, params)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_filters_of_every_kind_side_by_side(model: Model, decoder: Decoder) -> None:
+    """A greedy row's top-p changes nothing; a top-k beyond the vocabulary is none."""
+    params = [
+        SamplingParams(temperature=3, top_k=4, seed=1),
+        SamplingParams(temperature=3, top_p=0.5, seed=2),
+        SamplingParams(temperature=3, min_p=0.2, seed=3),
+        SamplingParams(temperature=2, top_k=30, top_p=0.8, min_p=0.01, seed=4),
+        SamplingParams(temperature=0, top_p=0.1, seed=5),
+        SamplingParams(temperature=1.5, top_k=2**40, seed=6),
+    ]
+    prompt = prompts(6, 33)
+    decoding, _ = start(decoder, prompt, params)
+    tokens = tokens_of(decoding, 30)
+    assert tokens == model_tokens(model, prompt, 30, params)
+    bare = [replace(p, top_k=None, top_p=1, min_p=None) for p in params]
+    unfiltered = np.array(tokens_of(start(decoder, prompt, bare)[0], 30))
+    changed = (np.array(tokens) != unfiltered).any(axis=0)
+    assert changed.tolist() == [True] * 4 + [False] * 2
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -31,7 +31,7 @@ VOCAB = 320
 SAMPLINGS = [
     SamplingParams(temperature=0, seed=0),
     SamplingParams(temperature=0.9, seed=2**40 + 7),
-    SamplingParams(temperature=1.3, seed=11),
+    SamplingParams(temperature=1.3, top_k=40, top_p=0.9, seed=11),
 ]
 LENGTHS = [3, 250, 130]  # capacities of 256, 256 and 512 after a while
 
@@ -72,12 +72,8 @@ def started(decoder: Decoder, place: int) -> Row:
     cache, sampling = decoder.model.make_cache(), SAMPLINGS[place]
     if len(prompt) > 1:
         decoder.model.hidden(mx.array([prompt[:-1]]), cache)
-    decoding = decoder.start(
-        cache,
-        mx.array(prompt[-1:], dtype=mx.int32),
-        temperatures=[sampling.temperature],
-        seeds=[sampling.seed or 0],
-    )
+    token = mx.array(prompt[-1:], dtype=mx.int32)
+    decoding = decoder.start(cache, token, sampling=[sampling])
     return Row(decoding, cache)
 
 
@@ -186,7 +182,7 @@ def test_padded_rows_are_refused(model: Model) -> None:
     cache = model.make_cache(2, left_padding=[0, 3])
     model.hidden(mx.array([[5, 6, 7, 8], [0, 0, 0, 9]]), cache)
     with pytest.raises(CacheError, match=r"expected rows without padding, got \[0, 3\] tokens"):
-        decoder_of(model).start(cache, mx.array([1, 2]), temperatures=[0, 0], seeds=[0, 0])
+        decoder_of(model).start(cache, mx.array([1, 2]), sampling=[SAMPLINGS[0]] * 2)
 
 
 def test_emulated_kernels_step_together(model: Model) -> None:

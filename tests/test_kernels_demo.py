@@ -15,6 +15,7 @@ from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import all_kernels
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import Model, load_model
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
 from mlx_gptoss.vocabulary import load_vocabulary
 
 TOKENS = 200
@@ -48,16 +49,25 @@ def prompt() -> list[int]:
     return [200006, *encode("user"), 200008, *question, 200007, 200006, *encode("assistant")]
 
 
-def by_mlx(model: Model, tokens: list[int], count: int) -> list[int]:
-    cache, fed = model.make_cache(), mx.array([tokens])
+GREEDY = SamplingParams(temperature=0, seed=0)
+
+
+def by_mlx(
+    model: Model, tokens: list[int], count: int, params: SamplingParams = GREEDY
+) -> list[int]:
+    cache, fed, rows = model.make_cache(), mx.array([tokens]), SamplingRows.pack([params])
+    allowed = mx.ones((model.config.vocab_size,), mx.bool_)
     found: list[int] = []
     for _ in range(count):
-        found.append(int(mx.argmax(model.next_logits(fed, cache))))
+        logits, position = model.next_logits(fed, cache), mx.array([cache.offset])
+        found.append(int(sample(logits, position, rows=rows, allowed=allowed)))
         fed = mx.array([[found[-1]]])
     return found
 
 
-def by_kernels(model: Model, tokens: list[int], count: int) -> tuple[list[int], list[str]]:
+def by_kernels(
+    model: Model, tokens: list[int], count: int, params: SamplingParams = GREEDY
+) -> tuple[list[int], list[str]]:
     """Tokens of the decode step, and the kernel of each launch."""
     allowed = mx.ones((model.config.vocab_size,), mx.uint8)
     decoder = Decoder(model, kernels=all_kernels(), allowed=allowed)
@@ -65,7 +75,7 @@ def by_kernels(model: Model, tokens: list[int], count: int) -> tuple[list[int], 
     model.hidden(mx.array([tokens[:-1]]), cache)
     found = []
     with emulate(mode="plain") as session:
-        decoding = decoder.start(cache, mx.array(tokens[-1:]), temperatures=[0], seeds=[0])
+        decoding = decoder.start(cache, mx.array(tokens[-1:]), sampling=[params])
         for _ in range(count):
             decoding.advance()
             found.append(int(decoding.state.token))
@@ -87,7 +97,18 @@ def test_a_conversation_is_token_identical(demo: Model, trained_ids: np.ndarray)
     assert "Paris" in text
     # 6 kernels in a sliding layer, 7 in a full one, 3 besides; two layers of each kind
     assert len(kernels) == TOKENS * (2 * 6 + 2 * 7 + 3)
-    assert used(kernels) == set(KERNELS) - PROMPT_KERNELS
+    assert used(kernels) == set(KERNELS) - PROMPT_KERNELS - {"sample_filtered"}
+
+
+def test_filtered_draws_are_token_identical(demo: Model, trained_ids: np.ndarray) -> None:
+    model = cut(demo, mx.array(trained_ids))
+    place = {int(token): row for row, token in enumerate(trained_ids)}
+    tokens = [place[token] for token in prompt()]
+    params = SamplingParams(temperature=40, top_k=9, seed=8)
+    found, kernels = by_kernels(model, tokens, 12, params)
+    assert found == by_mlx(model, tokens, 12, params)
+    assert found != by_mlx(model, tokens, 12)
+    assert {"sample_filtered"} == used(kernels) & {"sample_filtered", "sample_token"}
 
 
 def used(launched: list[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""sample_filtered: the tokens that it keeps are those of sampling.sample, at every edge of a filter.
+"""sample_filtered keeps the tokens that sampling.sample keeps, at every edge of a filter.
 
 At a high temperature every kept token is as likely as any other, so rows that differ in their noise
 alone show which are kept.

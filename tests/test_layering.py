@@ -20,6 +20,7 @@ LAYERS = [
     ["convert", "kernels", "cache"],
     ["attention", "moe", "decode_state"],
     ["model", "unpack"],
+    ["decode_weights"],
     ["decode"],
     ["demo", "hub"],
     ["steps", "dispatches", "generation_stats"],

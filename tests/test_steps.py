@@ -84,7 +84,7 @@ def test_a_stop_token_forgets_the_step_ahead() -> None:
     assert generation.cache.offset == len(PROMPT) + len(found) - 1
 
 
-def test_other_ways_to_sample_take_the_models_own_steps() -> None:
+def test_filters_are_applied_in_the_step() -> None:
     one = engine(definitions_as_kernels())
     for sampling in (
         SamplingParams(top_k=5, seed=1),
@@ -93,7 +93,8 @@ def test_other_ways_to_sample_take_the_models_own_steps() -> None:
     ):
         expected = list(engine().generate(PROMPT, sampling=sampling, max_tokens=5))
         assert list(one.generate(PROMPT, sampling=sampling, max_tokens=5)) == expected
-    assert one._decoder is None
+    assert one._decoder is not None
+    assert one._decoder.traces
 
 
 def test_no_snapshot_is_held_beside_the_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
