@@ -251,9 +251,8 @@ class CacheFolder:
         for _, size, path in sorted(files):
             if total + nbytes <= self._budget_bytes and count < MOST_FILES:
                 return
-            if not path.endswith(PART):
-                Path(path).unlink(missing_ok=True)
-                total, count = total - size, count - 1
+            Path(path).unlink(missing_ok=True)
+            total, count = total - size, count - 1
 
     def _warn(self, text: str) -> None:
         """Tell it once: the disk will not be better in the next turn."""

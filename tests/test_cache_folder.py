@@ -114,8 +114,27 @@ def test_a_file_goes_on_with_the_bits_of_the_cache_it_was_made_from(
     tokens = mx.array([following])
     for _ in range(3):
         here, there = (any_model.next_logits(tokens, c.cache) for c in (slot, loaded))
-        assert np.array_equal(np.array(here), np.array(there))
+        assert mx.array_equal(here, there)
         tokens = tokens[:, :1]
+    for back in (slot, loaded):
+        back.go_to(HEAD, back.ledger.states[HEAD])
+    here, there = (any_model.next_logits(tokens, c.cache) for c in (slot, loaded))
+    assert mx.array_equal(here, there), "further back, from memory"
+
+
+def test_a_question_asked_in_other_words_keeps_the_file_of_the_first(
+    model: Model, folder: Path
+) -> None:
+    prefixes = prefixes_of(model, folder)
+    other = [*TOKENS[: END + 5], *range(20)]  # goes back to behind the first question
+    for tokens in (TOKENS[:END], TOKENS[: END + 20], other):
+        hold_turn(model, prefixes, tokens)
+        assert prefixes._files is not None
+        prefixes._files.flush()
+    prefixes.close()
+    assert len(files_in(folder)) == 3, "the instructions, and both conversations"
+    loaded = prefixes_of(model, folder).take(prompt_of(TOKENS), head=HEAD)
+    assert loaded.cache.offset == END + 20
 
 
 def test_a_file_is_read_only_as_far_as_it_is_needed(model: Model, folder: Path) -> None:

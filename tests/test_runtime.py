@@ -20,6 +20,7 @@ from mlx_gptoss.errors import (
 )
 from mlx_gptoss.harmony import FinishReason, TextDelta, TurnDone, user
 from mlx_gptoss.memory import memory_of
+from mlx_gptoss.prefix_cache import MOST_SAVED
 from mlx_gptoss.runtime import Runtime
 from mlx_gptoss.turn import harmony_engine
 from mlx_gptoss.vocabulary import load_vocabulary
@@ -238,6 +239,7 @@ def test_what_does_not_fit_is_refused_with_numbers(folder: Path) -> None:
         one.decode_bytes + two.prefill_bytes,
         one.prefill_bytes + two.decode_bytes,
     )
+    assert one.snapshots == MOST_SAVED
     stays = sum(plan.kv_bytes + plan.snapshots * plan.snapshot_bytes for plan in (one, two))
     taken = memory.free_bytes([]) - memory.free_bytes([700, 2000])
     assert taken == stays + most, "one is fed while the other decodes"
