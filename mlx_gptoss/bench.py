@@ -41,7 +41,6 @@ from mlx_gptoss.transcripts import weights_digest
 BENCHMARK, VERSION = "bench", 2  # of the record
 METRICS = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_s")
 STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 1 to 9 degrees of freedom
-MEDIAN_OVER_MEAN = 1.2533  # standard error of a median, of values spread normally
 ANSWER_WEIGHT = 10  # a decoded token takes about as long as so many of a prompt
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -202,9 +201,9 @@ def _result(engine: str, case: Case, runs: Sequence[Run], step: Counted | None) 
 def summary(values: Sequence[float]) -> Record:
     """Median, mean, standard deviation, and the spread that is stated.
 
-    The spread says how far the median of another such measurement may lie from this one, 19 times
-    in 20: Student's t times the standard error of a difference of two medians. It is None for one
-    value.
+    The spread says how far two runs may lie apart, 19 times in 20: Student's t times the standard
+    deviation of a difference. Medians would lie closer if runs were independent, but a machine
+    drifts from one minute to the next, and the runs of one record drift together. None for one run.
     """
     count = len(values)
     sd = statistics.stdev(values) if count > 1 else 0.0
@@ -213,7 +212,7 @@ def summary(values: Sequence[float]) -> Record:
         "median": statistics.median(values),
         "mean": statistics.mean(values),
         "sd": sd,
-        "spread": t * 2**0.5 * MEDIAN_OVER_MEAN * sd / count**0.5 if count > 1 else None,
+        "spread": t * 2**0.5 * sd if count > 1 else None,
         "runs": list(values),
     }
 

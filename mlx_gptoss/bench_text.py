@@ -103,7 +103,7 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {value}" for name, value in record["software"].items())
     yield (
         f"{settings['repeats']} runs of {settings['answer']} tokens after a warm-up, in turn: "
-        "median ± how far another such median may lie from it, 19 times in 20"
+        "median ± how far two runs may lie apart, 19 times in 20"
     )
     yield (
         f"cold: load {cold['load_s']:.2f} s, first token {cold['ttft_s']:.2f} s; "
