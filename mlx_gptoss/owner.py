@@ -49,6 +49,7 @@ class Task:
         context: Tokens to reserve memory for.
         guide: Holds the turn to a schema; None lets it be.
         outbox: Takes the events, and then a `Reply` or an error.
+        on_prefill: Told, in the thread, how many tokens of the prompt are read, and how many will.
     """
 
     prompt: Prompt
@@ -59,6 +60,7 @@ class Task:
     context: int
     guide: Guide | None
     outbox: Outbox
+    on_prefill: Callable[[int, int], None] | None = None
 
 
 class _Running:
@@ -114,6 +116,8 @@ class _Running:
         self.slot.note(self.task.prompt.tokens)
         if self.slot.cache.offset == self.task.head:
             self._prefixes.share(self.slot)
+        if self.task.on_prefill is not None:
+            self.task.on_prefill(done, total)
 
 
 class Owner:

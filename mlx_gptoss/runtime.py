@@ -143,6 +143,7 @@ class Runtime:
         response_format: Answers | None = None,
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Stream:
         """Start a turn; its events arrive as they happen, `TurnDone` last.
 
@@ -155,6 +156,8 @@ class Runtime:
             response_format: A schema that the answer then follows.
             max_tokens: Most tokens to write; None: as many as context and memory hold.
             sampling: How to choose tokens; default: temperature 1, nothing filtered.
+            on_prefill: Called after each chunk of the prompt with the tokens read and to read, in
+                the model's thread: it must be quick, and what it raises ends the turn.
 
         Strict tools, another choice than "auto" and a response format need the extra `structured`.
         An answer that `max_tokens` cuts (`FinishReason.LENGTH`) is the beginning of one that
@@ -179,6 +182,7 @@ class Runtime:
                 response_format,
                 max_tokens,
                 sampling,
+                on_prefill,
             )
         )
 
@@ -329,6 +333,7 @@ class Runtime:
         response_format: Answers | None,
         max_tokens: int | None,
         sampling: SamplingParams | None,
+        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Outbox:
         self._owner.check()
         conversation = read_conversation(
@@ -357,6 +362,7 @@ class Runtime:
                 context=context,
                 guide=guide,
                 outbox=outbox,
+                on_prefill=on_prefill,
             )
         )
         return outbox

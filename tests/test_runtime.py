@@ -58,6 +58,24 @@ def test_a_stream_is_its_reply(answering: tuple[Runtime, scripted.ScriptedModel]
     assert text == stream.reply().text == "Four, naïvely: 4."
 
 
+def test_a_stream_tells_how_far_the_prompt_is_read(
+    answering: tuple[Runtime, scripted.ScriptedModel],
+) -> None:
+    runtime, model = answering
+    told: list[tuple[int, int]] = []
+    with runtime.stream("Hi " * 300, on_prefill=lambda *n: told.append(n), max_tokens=1) as stream:
+        stream.reply()
+    total = len(model.prompt)
+    assert told == sorted(told) and len(told) > 2 and told[-1] == (total, total)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyError("enough")
+
+    with runtime.stream("Hi " * 301, on_prefill=stop) as stream, pytest.raises(KeyError):
+        stream.reply()
+    assert runtime.respond("Hi", sampling=GREEDY).text  # the others go on
+
+
 def test_chat_dictionaries_are_read(answering: tuple[Runtime, scripted.ScriptedModel]) -> None:
     runtime, model = answering
     call = {"id": "c1", "type": "function", "function": {"name": "get-weather", "arguments": "{}"}}

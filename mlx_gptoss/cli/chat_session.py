@@ -4,12 +4,13 @@ import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from mlx_gptoss.cli.chat_file import SavedChat, read_chat, write_chat
-from mlx_gptoss.cli.console import note
+from mlx_gptoss.cli.console import Progress, note
 from mlx_gptoss.cli.reply import Printer, reasoning_place, stats_line
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
@@ -89,16 +90,19 @@ class Session:
     def _reply(self) -> Reply:
         """One reply, printed as it comes; what was said when it was stopped is kept."""
         printer, said = Printer(self._place), ""
+        progress = Progress(quiet=self.quiet)
         with self._runtime.stream(
             [*self._head(), *self._messages],
             max_tokens=self._max_tokens,
             sampling=self._sampling,
+            on_prefill=partial(progress.share, "reading the prompt"),
         ) as stream:
             try:
                 for event in stream:
                     printer.event(event)
                     said += event.text if isinstance(event, TextDelta) else ""
             except KeyboardInterrupt:
+                progress.clear()
                 if said:
                     self._messages.append(assistant(said))
                 raise
