@@ -5,17 +5,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_gptoss import attention, matrix, moe
+from mlx_gptoss import attention, matrix, moe, reference
 from mlx_gptoss.config import ModelConfig
-from mlx_gptoss.dispatches import Counted, count_lazy, count_traced
+from mlx_gptoss.dispatches import Counted, count_lazy
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import KernelSet
+from mlx_gptoss.kernels.selection import KernelSet, all_definitions
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
 
@@ -84,22 +84,33 @@ def chunk_counts(model: Model, kernels: KernelSet) -> Counted:
 
     Args:
         model: of hidden size `WIDTH`; what it computes is not looked at.
-        kernels: its kernels.
+        kernels: definitions, or `prompt_stand_ins`.
     """
     tokens, metal = mx.zeros((1, CHUNK), mx.int32), {}
     for module in (attention, matrix, moe):
         metal[module, "on_cpu"] = lambda: False
-
-    def call(embedding: mx.array) -> list[mx.array]:
-        traced, cache = copy(model), model.make_cache()
-        traced.kernels = kernels
-        traced.embedding = replace(model.embedding, weight=embedding)
-        traced.hidden(tokens, cache)
-        return cache.arrays
-
-    mx.eval(tokens, model.arrays)
+    counted, cache = copy(model), model.make_cache()
+    counted.kernels = kernels
+    mx.eval(tokens, cache.arrays, model.arrays, model.rope.coarse, model.rope.fine)
     with _replaced(_fused_primitives() | metal):
-        return count_traced(call, [model.embedding.weight])
+        counted.hidden(tokens, cache)
+    return count_lazy(*cache.arrays, names=STAND_INS)
+
+
+def prompt_stand_ins() -> KernelSet:
+    """One operation for each kernel of a prompt."""
+
+    def window(q: mx.array, keys: mx.array, values: mx.array, *_: Any, **__: Any) -> mx.array:
+        mixed = mx.arctanh(mx.depends([q], [keys, values])[0])
+        return mixed.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+    def dispatch(experts: mx.array, *, count: int) -> reference.Dispatch:
+        return reference.Dispatch(*[experts.flatten() + count] * 4)
+
+    given = {"attention_window_prefill": window, "expert_dispatch": dispatch}
+    others = all_definitions("a prompt does not call it")
+    fallbacks = {stem: why for stem, why in others.fallbacks.items() if stem not in given}
+    return KernelSet({**others.functions, **given}, fallbacks)
 
 
 def mlx_lm_chunk_counts(config: ModelConfig, dense: str) -> Counted:

@@ -4,8 +4,10 @@ MLX packs experts as MXFP4 and, where a checkpoint was made so, other weights as
 groups. Nothing here knows which weight it multiplies by.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec
 
 import mlx.core as mx
 
@@ -30,9 +32,32 @@ class Matrix:
     mode: str | None = None
 
 
+def in_float32(matrix: Matrix) -> Matrix:
+    """A dense matrix, widened."""
+    bias = None if matrix.bias is None else matrix.bias.astype(mx.float32)
+    return Matrix(weight=matrix.weight.astype(mx.float32), bias=bias)
+
+
 def on_cpu() -> bool:
     """Whether MLX runs on the CPU: a few products take another form there."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+P = ParamSpec("P")
+
+
+def fused(function: Callable[P, mx.array]) -> Callable[P, mx.array]:
+    """A function whose elementwise steps Metal runs as one kernel.
+
+    As it stands on the CPU, where MLX would call a C++ compiler.
+    """
+    compiled = mx.compile(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> mx.array:
+        return function(*args, **kwargs) if on_cpu() else compiled(*args, **kwargs)
+
+    return call
 
 
 def matmul_type(x: mx.array, matrix: Matrix) -> mx.Dtype:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_gptoss.matrix import Matrix, expert_linear, linear, matmul_type
-from mlx_gptoss.rope import rotate
+from mlx_gptoss import rope
+from mlx_gptoss.matrix import Matrix, expert_linear, fused, in_float32, linear, matmul_type
+
+_rotate = fused(rope.rotate)
 
 
 def rms_norm(x: mx.array, weight: mx.array, *, eps: float) -> mx.array:
@@ -57,7 +59,7 @@ def norm_qkv_rope(
         return out.reshape(*out.shape[:2], -1, head_dim).swapaxes(1, 2)
 
     q, k, v = (heads(matrix) for matrix in projections)
-    q, k = rotate(q, *angles), rotate(k, *angles)
+    q, k = _rotate(q, *angles), _rotate(k, *angles)
     return q.astype(x.dtype), k.astype(x.dtype), v.astype(x.dtype)
 
 
@@ -223,8 +225,12 @@ def attention_window_prefill(
 
 def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
     """The output projection of attention added to the residual stream, (B, T, D)."""
-    y = linear(x, matrix).astype(mx.float32) + residual.astype(mx.float32)
-    return y.astype(residual.dtype)
+    return _sum(linear(x, matrix), residual)
+
+
+@fused
+def _sum(y: mx.array, residual: mx.array) -> mx.array:
+    return (y.astype(mx.float32) + residual.astype(mx.float32)).astype(residual.dtype)
 
 
 def route(
@@ -261,7 +267,7 @@ def router_logits(
         y (N, D) in the type of x, normalised; logits (N, E) float32.
     """
     y = rms_norm(x, norm, eps=eps)
-    wide = router if router.mode is not None else _in_float32(router)
+    wide = router if router.mode is not None else in_float32(router)
     return y.astype(x.dtype), linear(y, wide)
 
 
@@ -281,11 +287,7 @@ def choose_experts(logits: mx.array, *, chosen: int) -> tuple[mx.array, mx.array
     return experts, weights
 
 
-def _in_float32(matrix: Matrix) -> Matrix:
-    bias = None if matrix.bias is None else matrix.bias.astype(mx.float32)
-    return Matrix(weight=matrix.weight.astype(mx.float32), bias=bias)
-
-
+@fused
 def swiglu(gate: mx.array, up: mx.array, *, limit: float, alpha: float) -> mx.array:
     """The clamped SwiGLU of gpt-oss: g sigmoid(alpha g) (u + 1), in float32.
 
@@ -354,6 +356,7 @@ def experts_down(
     return combine(y, weights, residual)
 
 
+@fused
 def combine(y: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
     """sum_k weights[k] * y[k] + residual, in float32; (N, K, D) -> (N, D)."""
     total = (y.astype(mx.float32) * weights[..., None]).sum(-2) + residual.astype(mx.float32)

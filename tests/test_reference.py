@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import E2M1
 
-from mlx_gptoss import moe, reference
+from mlx_gptoss import matrix, moe, reference
 from mlx_gptoss.attention import full_attention_fused, full_attention_in_blocks
 from mlx_gptoss.config import GPT_OSS_20B
 from mlx_gptoss.kernels.selection import all_definitions
@@ -369,3 +369,25 @@ def test_out_residual() -> None:
     assert matrix.bias is not None
     exact = wide(x) @ wide(matrix.weight).T + wide(matrix.bias) + wide(residual)
     assert_close(reference.out_residual(x, matrix, residual), exact, "sum", atol=1e-5)
+
+
+def test_elementwise_steps_are_the_same_as_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX compiles on Metal, compiled here."""
+    gate, up = (normal(5, 4, 96).astype(mx.bfloat16) * 4 for _ in range(2))
+    heads, angle = normal(1, 3, 5, 64).astype(mx.bfloat16), normal(1, 1, 5, 32)
+
+    def outputs() -> list[mx.array]:
+        return [
+            reference.swiglu(gate, up, limit=7.0, alpha=1.702),
+            reference._rotate(heads, mx.cos(angle), mx.sin(angle)),
+            reference.combine(gate, angle[0, 0, :, :4], up[:, 0]),
+            reference._sum(gate[:, 0], up[:, 0]),
+        ]
+
+    plain = outputs()
+    mx.eval(plain)
+    monkeypatch.setattr(matrix, "on_cpu", lambda: False)
+    for got, want in zip(outputs(), plain, strict=True):
+        assert got.dtype == want.dtype
+        limit = 2e-6 if want.dtype == mx.float32 else 2**-8
+        assert mx.abs(got - want).max() <= limit * mx.abs(want).max()
