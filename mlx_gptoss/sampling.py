@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_gptoss.matrix import on_cpu
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -63,6 +65,7 @@ class SamplingRows:
         key: (B, 2) uint32, the hashed seed.
         draws: Some row has a temperature.
         sorts: Some drawing row has a top-k or top-p, which need the logits in order.
+        ranks: Of that order, how many some row may keep: the largest top-k.
     """
 
     temperature: mx.array
@@ -72,6 +75,7 @@ class SamplingRows:
     key: mx.array
     draws: bool
     sorts: bool
+    ranks: int = 2**31 - 1
 
     @classmethod
     def pack(cls, params: Sequence[SamplingParams]) -> "SamplingRows":
@@ -89,6 +93,7 @@ class SamplingRows:
             key=mx.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=mx.uint32),
             draws=bool(drawing),
             sorts=any(p.top_p < 1 or p.top_k is not None for p in drawing),
+            ranks=max((min(p.top_k or off, off) for p in drawing), default=off),
         )
 
 
@@ -121,10 +126,10 @@ def sample(
 
 def _draw_sorted(logits: mx.array, positions: mx.array, rows: SamplingRows) -> mx.array:
     """Draw where top-k or top-p need ranks. Equal logits rank by id, so top-k keeps exactly k."""
-    order = mx.argsort(-logits, axis=-1)  # (B, V), a stable sort
+    order = _best(logits, rows.ranks)  # (B, N)
     ranked = mx.take_along_axis(logits, order, axis=-1)
     ranks = mx.arange(ranked.shape[-1], dtype=mx.int32)
-    kept = ranks < rows.top_k  # (B, V)
+    kept = ranks < rows.top_k  # (B, N)
     p = mx.softmax(mx.where(kept, ranked, -mx.inf), axis=-1)
     # A token stays while the mass before it is short of top_p, so the first always does. top_p = 1
     # keeps every rank: rounding of the running sum must not cut the tail off.
@@ -133,6 +138,21 @@ def _draw_sorted(logits: mx.array, positions: mx.array, rows: SamplingRows) -> m
     kept &= _min_p(ranked, rows)
     best = mx.argmax(_scores(ranked, kept, order, positions, rows), axis=-1, keepdims=True)
     return mx.take_along_axis(order, best, axis=-1)[:, 0]
+
+
+def _best(logits: mx.array, count: int) -> mx.array:
+    """Ids of the `count` best of logits (B, V) that are <= 0, and of a few more, in order."""
+    vocabulary = logits.shape[-1]
+    count = min(-(-count // 64) * 64, vocabulary)  # whole vectors, so that sums keep their order
+    if not on_cpu():
+        return mx.argsort(-logits, axis=-1)[:, :count]  # a stable sort
+    # A partition takes any of equal logits, so ids are part of the keys. Floats >= 0 have the order
+    # of their bits.
+    keys = (0.0 - logits).view(mx.uint32).astype(mx.uint64) << 32
+    keys = keys | mx.arange(vocabulary, dtype=mx.uint64)
+    if count < vocabulary:
+        keys = mx.partition(keys, count, axis=-1)[:, :count]
+    return (mx.sort(keys, axis=-1) & 0xFFFFFFFF).astype(mx.uint32)
 
 
 def _min_p(logits: mx.array, rows: SamplingRows) -> mx.array:

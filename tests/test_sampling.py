@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gptoss import sampling
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, gumbel, sample
 
 V = 37
@@ -126,6 +127,40 @@ def test_the_tightest_filter_is_greedy(params: SamplingParams) -> None:
 def test_top_k_keeps_exactly_k_of_equal_logits() -> None:
     flat = np.zeros(V, dtype=np.float32)
     assert set(draw(SamplingParams(top_k=4, seed=1), logits=flat).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(top_k=1),
+        SamplingParams(top_k=63, top_p=0.9),
+        SamplingParams(top_k=64, min_p=0.01),
+        SamplingParams(top_k=65, temperature=1.7),
+        SamplingParams(top_k=150, top_p=0.5),
+        SamplingParams(top_k=1000),
+        SamplingParams(top_p=0.7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["normal", "tied", "mostly forbidden"])
+def test_a_partition_chooses_as_a_sort(
+    kind: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best are picked out before they are sorted; by definition, all are sorted."""
+    size, rng = 203, np.random.default_rng(11)
+    logits = rng.normal(scale=2, size=(200, size)).astype(np.float32)
+    if kind == "tied":
+        logits = np.round(logits)
+    allowed = mx.array(rng.random(size) < (0.2 if kind == "mostly forbidden" else 1))
+    pairs = [(replace(params, seed=n), SamplingParams(top_k=2, seed=n)) for n in range(100)]
+    rows = SamplingRows.pack([row for pair in pairs for row in pair])
+
+    def tokens() -> list[int]:
+        return sample(mx.array(logits), mx.arange(200), rows=rows, allowed=allowed).tolist()
+
+    picked = tokens()
+    monkeypatch.setattr(sampling, "_best", lambda logits, count: mx.argsort(-logits, axis=-1))
+    assert picked == tokens()
 
 
 def test_a_temperature_too_small_for_float32_is_greedy_and_not_nan() -> None:
