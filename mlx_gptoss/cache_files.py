@@ -48,7 +48,7 @@ from mlx_gptoss.weight_files import (
 )
 
 NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{32})\.safetensors")
-PART = ".part"  # of a file that is being written
+PART = re.compile(r"\.mlx-gptoss-[0-9a-f]{32}\.part")  # of a file that is being written
 DTYPES = {"BF16": mx.bfloat16, "F32": mx.float32}
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 KINDS = ("keys", "values")
@@ -223,7 +223,7 @@ def write(folder: Path, identity: str, content: Content) -> Path:
     Raises:
         OSError: The disk is full, or fails; nothing is left behind.
     """
-    part, digest = folder / f".{uuid.uuid4().hex}{PART}", hashlib.sha256()
+    part, digest = folder / f".mlx-gptoss-{uuid.uuid4().hex}.part", hashlib.sha256()
     descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with open(descriptor, "wb") as file:
@@ -243,7 +243,7 @@ def write(folder: Path, identity: str, content: Content) -> Path:
 
 def remove_parts(folder: Path) -> None:
     """Remove what killed processes left unfinished."""
-    for part in folder.glob(f".*{PART}"):
+    for part in filter(lambda path: PART.fullmatch(path.name), folder.iterdir()):
         with contextlib.suppress(OSError), part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
             part.unlink()

@@ -244,7 +244,7 @@ class CacheFolder:
         files: list[tuple[float, int, str]] = []
         for item in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):
-                if NAME.fullmatch(item.name) or item.name.endswith(PART):
+                if NAME.fullmatch(item.name) or PART.fullmatch(item.name):
                     stat = item.stat()
                     files.append((stat.st_mtime, stat.st_size, item.path))
         total, count = sum(size for _, size, _ in files), len(files)

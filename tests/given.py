@@ -1,5 +1,6 @@
 """Real models that note what they are fed, in which pieces, and the logits after a prompt."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,11 @@ class WatchedModel:
             self.first = list(self._routes[id(cache)]), np.array(logits[0])
         return logits
 
+    def step_rows(self, tokens: mx.array, caches: Sequence[ModelCache]) -> mx.array:
+        for token, cache in zip(tokens[:, None, None], caches, strict=True):
+            self._note(token, cache)
+        return self.model.step_rows(tokens, caches)
+
     def _note(self, tokens: mx.array, cache: ModelCache) -> None:
         before = self._routes.get(id(cache), self.before)
         before = [piece for piece in before if piece[0] < cache.offset]
@@ -76,6 +82,14 @@ class GivenModel(WatchedModel):
         super().next_logits(tokens % FOLD, cache)
         if tokens.shape[1] > 1:
             self._start = cache.offset
+        return self._told(cache)
+
+    def step_rows(self, tokens: mx.array, caches: Sequence[ModelCache]) -> mx.array:
+        super().step_rows(tokens % FOLD, caches)
+        return mx.concatenate([self._told(cache) for cache in caches])
+
+    def _told(self, cache: ModelCache) -> mx.array:
+        """(1, V) logits of what the script says at the cache's end."""
         script = scripted.tokens_of(self.script)
         token = script[min(cache.offset - self._start, len(script) - 1)]
         return mx.where(mx.arange(N_VOCAB) == token, 100.0, 0.0)[None]

@@ -237,9 +237,9 @@ def test_the_folder_is_bounded_and_the_least_recently_used_go(model: Model, fold
     contents = [content_of(model, number) for number in range(5)]
     size = contents[0][1].nbytes
     folder.mkdir()
-    (folder / "mine.safetensors").write_bytes(
-        b"x" * 10 * size
-    )  # a user's: neither counted nor removed
+    mine = [folder / name for name in ("mine.safetensors", "film.part", ".film.part")]
+    for path in mine:
+        path.write_bytes(b"x" * 10 * size)  # neither counted nor removed
     files = CacheFolder(folder, identity=IDENTITY, budget_bytes=3 * size + size // 2)
     for tokens, content in contents[:3]:
         files.save(content)
@@ -261,7 +261,7 @@ def test_the_folder_is_bounded_and_the_least_recently_used_go(model: Model, fold
     other.close()
     assert found() == [0]
     files.close()
-    assert len(files_in(folder)) == 4 and (folder / "mine.safetensors").exists()
+    assert len(list(folder.iterdir())) == 3 + 3 and all(path.exists() for path in mine)
 
 
 def test_the_number_of_files_is_bounded(
@@ -269,10 +269,11 @@ def test_the_number_of_files_is_bounded(
 ) -> None:
     monkeypatch.setattr("mlx_gptoss.cache_folder.MOST_FILES", 2)
     files = CacheFolder(folder, identity=IDENTITY)
+    (folder / f".mlx-gptoss-{IDENTITY * 2}.part").touch()  # left behind on a disk without locks
     for number in range(4):
         files.save(content_of(model, number)[1])
     files.close()
-    assert len(files_in(folder)) == 2
+    assert len(files_in(folder)) == len(list(folder.iterdir())) == 2
 
 
 def test_what_is_larger_than_the_folder_is_not_kept(
@@ -426,14 +427,14 @@ def test_a_kill_while_a_file_is_written_loses_at_most_that_file(
         ) as child:
             assert child.stdout is not None
             reported += [int(child.stdout.readline()) for _ in range(rng.randrange(1, 4))]
-            wait_for(lambda: any(folder.glob(".*.part")))
+            wait_for(lambda: any(folder.glob(".mlx-gptoss-*.part")))
             time.sleep(rng.uniform(0, delay_s))
             child.send_signal(signal.SIGKILL)
             reported += map(int, child.stdout.read().split())
-        left_over += len(list(folder.glob(".*.part")))
+        left_over += len(list(folder.glob(".mlx-gptoss-*.part")))
     assert left_over, "some kills came in the middle of a file"
     files = CacheFolder(folder, identity=IDENTITY)
-    assert not list(folder.glob(".*.part")) and not caplog.records
+    assert not list(folder.glob(".mlx-gptoss-*.part")) and not caplog.records
     assert len(files_in(folder)) <= len(reported) - 1 + 4
     for number in reported[1:]:
         cache = ModelCache([FullCache((1, 2, 64), mx.float32)], [0])
