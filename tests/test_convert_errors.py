@@ -1,28 +1,21 @@
 """Bad input: one line that says what is wrong, and nothing left behind."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 from tiny import Layout, write_checkpoint, write_safetensors
 
-from mlx_gptoss.convert import convert_checkpoint, pipeline, verify, writing
-from mlx_gptoss.errors import (
-    CheckpointError,
-    ConfigError,
-    ConversionError,
-    GptOssError,
-    VerificationError,
-)
+from mlx_gptoss.convert import convert_checkpoint, pipeline, verify
+from mlx_gptoss.errors import ConfigError, ConversionError, GptOssError, VerificationError
 from mlx_gptoss.weight_files import INDEX, read_tensors
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -42,27 +35,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(checkpoints: Path, tmp_path: Path) -> Path:
     """A copy of the Hugging Face layout, to damage."""
     return Path(shutil.copytree(checkpoints / "hf", tmp_path / "source"))
-
-
-def everything(folder: Path) -> dict[str, Any]:
-    """What lies in a folder: names, and contents of the files."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def refused(
-    source: Path, message: str, kind: type[GptOssError] = CheckpointError, target: str = "mlx"
-) -> None:
-    """Converting fails with this message, in one line, and changes nothing on the disk."""
-    place = source.parent
-    before = everything(place)
-    with pytest.raises(kind) as caught:
-        convert_checkpoint(source, place / target, dense="q8")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert everything(place) == before
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -286,119 +258,6 @@ def test_scale_byte_255(checkpoints: Path, tmp_path: Path, layout: str) -> None:
 def test_block_bytes_may_be_anything(source: Path, tmp_path: Path) -> None:
     overwrite(source, f"{GATE_UP}_blocks", b"\xff" * 1000)
     convert_checkpoint(source, tmp_path / "mlx")
-
-
-# ---- targets
-
-
-def test_target_that_exists(source: Path) -> None:
-    place = source.parent
-    (place / "folder").mkdir()
-    (place / "file").write_text("precious")
-    (place / "link").symlink_to(place / "nowhere")
-    for name in ("folder", "file", "link"):
-        refused(source, f"{name}: already exists", ConversionError, name)
-    assert (place / "link").is_symlink()
-
-
-def test_target_and_source_in_each_other(source: Path) -> None:
-    refused(source, "lies inside the source", ConversionError, "source/mlx")
-    refused(source, "lies inside the source", ConversionError, "source")
-    refused(source, "lies inside the source", ConversionError, "source/../source/mlx")
-    outer = source.parent / "outer"
-    outer.mkdir()
-    inner = Path(shutil.move(source, outer / "source"))
-    with pytest.raises(ConversionError, match="contains the source"):
-        convert_checkpoint(inner, outer)
-    (source.parent / "alias").symlink_to(inner)
-    with pytest.raises(ConversionError, match="lies inside the source"):
-        convert_checkpoint(inner, source.parent / "alias" / "mlx")
-
-
-def test_target_without_a_parent(source: Path) -> None:
-    refused(source, "no such folder; create it", ConversionError, "none/mlx")
-
-
-def test_target_appears_during_the_conversion(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = source.parent / "mlx"
-    real = pipeline.read_safetensors_header
-
-    def appear(path: Path) -> Any:
-        target.mkdir(exist_ok=True)
-        (target / "theirs").write_text("precious")
-        return real(path)
-
-    monkeypatch.setattr(pipeline, "read_safetensors_header", appear)
-    with pytest.raises(ConversionError, match="appeared while the conversion ran"):
-        convert_checkpoint(source, target)
-    assert [path.name for path in target.iterdir()] == ["theirs"]
-    assert not (source.parent / ".mlx.converting").exists()
-
-
-def test_too_little_space(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    refused(source, "bytes are needed, 1,000,000 are free", ConversionError)
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (errno.ENOSPC, "mlx: the disk is full; free some space and convert again"),
-        (errno.EDQUOT, "mlx: the disk is full; free some space and convert again"),
-        (errno.EIO, "mlx: Input/output error; check the disk and convert again"),
-    ],
-)
-def test_disk_fault_half_way(
-    source: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
-) -> None:
-    """The disk takes 1.5 MB, and part of the piece that no longer fits, as real ones do."""
-    real, room = os.write, [1_500_000]
-
-    def write(descriptor: int, data: memoryview) -> int:
-        if not room[0]:
-            raise OSError(code, os.strerror(code))
-        count = real(descriptor, data[: room[0]])
-        room[0] -= count
-        return count
-
-    monkeypatch.setattr(writing.os, "write", write)
-    refused(source, message, ConversionError)
-
-
-def test_short_writes_are_completed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system may write less than it was asked to, without an error."""
-    whole = convert_checkpoint(source, source.parent / "whole").target
-    real = os.write
-    monkeypatch.setattr(writing.os, "write", lambda fd, data: real(fd, data[:100_000]))
-    short = convert_checkpoint(source, source.parent / "short", verify=False).target
-    assert everything(short).keys() == everything(whole).keys()
-    for path in whole.glob("*.safetensors"):
-        assert path.read_bytes() == (short / path.name).read_bytes()
-
-
-def test_target_that_cannot_be_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mkdir(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-    refused(source, "cannot be created: Permission denied", ConversionError)
-
-
-def test_two_conversions_into_one_target(source: Path) -> None:
-    stage = source.parent / ".mlx.converting"
-    stage.mkdir()
-    with (stage / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(source, "another process is converting into it", ConversionError)
-
-
-def test_a_foreign_folder_in_the_way(source: Path) -> None:
-    stage = source.parent / ".mlx.converting"
-    stage.mkdir()
-    (stage / "thesis.txt").write_text("precious")
-    refused(source, "holds thesis.txt, which no conversion left there", ConversionError)
 
 
 # ---- verification
