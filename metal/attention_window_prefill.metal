@@ -5,11 +5,11 @@
 //            own; first (B,) i32, the first row that exists, in whatever address space; sinks (HQ,) W
 // Output:    y (B,T,HQ*64) T
 // Grid:      T/SIMDS x HKV x B threadgroups of SIMDS simdgroups, one token each. Its GROUP heads and the neighbours share
-//            K and V, staged in tiles of 32 rows: a row is read 1 + WINDOW/SIMDS times. 8 simdgroups: with 107 registers
-//            (of another GPU) two or more groups fit a core, so that one computes while another waits for its tile; two
-//            tokens a simdgroup took 154.
+//            K and V, staged in tiles of 32 rows: a row is read 1 + WINDOW/SIMDS times. 8 simdgroups of 107 registers
+//            (of another GPU): a core should hold about two groups, so that one computes while the other waits for its
+//            tile. Two tokens a simdgroup took 154.
 // Numerics:  float32 scores, running softmax and sums; fast exp2; one rounding at the store.
-// Requires:  GROUP <= 8; head dim 64; WINDOW % 32 == 0; sinks above -1e30; checked in kernels.attention_window_prefill.
+// Requires:  GROUP <= 8; head dim 64; WINDOW % 32 == 0; checked in kernels.attention_window_prefill. Sinks above -1e30.
 // Used when: several tokens a row enter a sliding layer.
 // Not fused: the output projection; each of its rows needs all heads.
 // Source:    our own; see attention.h.

@@ -213,9 +213,9 @@ def attention_window_prefill(
     require(stem, heads >= 8, "query heads", "at least 8 (MLX passes fewer as `constant`)", heads)
     good = window > 0 and window % TILE == 0
     require(stem, good, "keys", f"T and a multiple of {TILE} before", rows)
-    first = mx.zeros((batch,), mx.int32) if start is None else start
-    chunk_bytes = 16
-    row_chunks = HEAD_DIM * q.dtype.size // chunk_bytes + 1
+    before = window - offset  # rows before position 0
+    first = mx.array([before] * batch, mx.int32) if start is None else start + before
+    row_chunks = HEAD_DIM * q.dtype.size // 16 + 1  # of 16 bytes, one of them padding
     body = (
         f"threadgroup uint4 tiles[{2 * TILE * row_chunks}];\n"
         f"attention_window_prefill<{kv_heads}, {group}, {window}, {PREFILL_SIMDGROUPS}>(q, keys, "
@@ -229,7 +229,7 @@ def attention_window_prefill(
             "keys": keys,
             "values": values,
             "sinks": sinks,
-            "first": (first + (window - offset)).astype(mx.int32),
+            "first": first,
         },
         {"y": ((batch, tokens, heads * HEAD_DIM), q.dtype)},
         body=body,
