@@ -53,6 +53,7 @@ SAMPLED = {  # threadgroups; the others run whole
     "out_residual": 20,
     "unembed": 4,
 }
+OF_BATCHES = ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped")
 STREAMS = {
     "attention_decode": ("frozen_k", "frozen_v", "append_k", "append_v"),
     "attention_reduce": ("sums", "ends"),
@@ -60,8 +61,12 @@ STREAMS = {
     "attention_window_prefill": ("keys", "values"),
     "embed": ("table_w", "table_s", "table_o"),
     "expert_dispatch": ("experts",),
+    "expert_groups": ("logits",),
     "experts_down": ("down_w", "down_s"),
+    "experts_down_grouped": ("down_w", "down_s"),
+    "experts_sum": ("sums",),
     "experts_swiglu": ("gate_w", "gate_s", "up_w", "up_s"),
+    "experts_swiglu_grouped": ("gate_w", "gate_s", "up_w", "up_s"),
     "norm_qkv_rope": tuple(f"w{name}_{part}" for name in "qkv" for part in "wso"),
     "out_residual": ("wo_w", "wo_s", "wo_o"),
     "route": ("wr_w",),
@@ -112,6 +117,14 @@ def ideal_bytes(stem: str, given: dict[str, Any], sizes: Sizes) -> float:
         case "experts_swiglu":
             both = packed_bytes(given["gate"]) + packed_bytes(given["up"])
             return both * sizes.chosen / sizes.experts
+        case "experts_down_grouped" | "experts_swiglu_grouped":
+            filled = int((given["blocks"][:, 1] > 0).sum())
+            matrices = [given[name] for name in ("gate", "up", "down") if name in given]
+            return sum(map(packed_bytes, matrices)) * filled / sizes.experts
+        case "expert_groups":
+            return given["logits"].nbytes
+        case "experts_sum":
+            return given["sums"].nbytes
         case "norm_qkv_rope":
             return sum(packed_bytes(matrix) for matrix in given["projections"])
         case "sample_filtered":
@@ -140,8 +153,12 @@ def row_of(report: Report, ideal: float, streams: Sequence[str]) -> Row:
 
 def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
     """Run one kernel on bfloat16 activations and count."""
-    if stem in ("route", "expert_dispatch"):
+    if stem in ("route", "expert_dispatch", "expert_groups"):
         sizes = replace(sizes, experts=32)
+    if stem == "experts_swiglu_grouped":  # whole: 64 rows of a matrix stand for all
+        sizes = replace(sizes, inter=64)
+    if stem == "experts_down_grouped":
+        sizes = replace(sizes, hidden=64)
     given = KERNELS[stem].case(Inputs(sizes, dtype=mx.bfloat16, dense=dense))
     sampled = SAMPLED.get(stem)
     with emulate(threadgroups=sampled, allow=("unwritten-output",)) as session:
@@ -149,10 +166,21 @@ def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
     return row_of(session.reports[0], ideal_bytes(stem, given, sizes), STREAMS[stem])
 
 
-def golden_cases() -> list[tuple[str, Dense]]:
-    """The kernels of a bfloat16 model with q8 dense matrices, and the plain and q4 forms of one."""
+def golden_cases() -> dict[str, tuple[str, Dense, Sizes]]:
+    """The kernels of a bfloat16 model with q8 dense matrices, and the plain and q4 forms of one.
+
+    Those that share weights among the rows of a batch come with 8 rows, too.
+    """
     cases: list[tuple[str, Dense]] = [(s, "q8" if k.dense else "plain") for s, k in KERNELS.items()]
-    return [*cases, ("out_residual", "plain"), ("out_residual", "q4")]
+    cases += [("out_residual", "plain"), ("out_residual", "q4")]
+    found = {
+        f"{stem} {dense}": (stem, dense, replace(MODEL, batch=8 if stem in OF_BATCHES else 1))
+        for stem, dense in cases
+    }
+    for stem in ("norm_qkv_rope", "out_residual", "route", "unembed"):
+        dense: Dense = "plain" if stem == "route" else "q8"
+        found[f"{stem} {dense}, 8 rows"] = stem, dense, replace(MODEL, batch=8)
+    return found
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -171,7 +199,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="rewrite the goldens of the tests")
     write = parser.parse_args().write
-    ours = {f"{stem} {dense}": measure(stem, MODEL, dense=dense) for stem, dense in golden_cases()}
+    ours = {
+        name: measure(stem, sizes, dense=dense)
+        for name, (stem, dense, sizes) in golden_cases().items()
+    }
     if write:
         GOLDENS.write_text(json.dumps({n: asdict(r) for n, r in ours.items()}, indent=1) + "\n")
     ours["attention_decode 32k"] = measure("attention_decode", AT_32K, dense="plain")

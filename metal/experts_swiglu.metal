@@ -16,12 +16,7 @@
 //            (Apache-2.0), see NOTICE.
 #include "choose.h"
 #include "mxfp4.h"
-
-METAL_FUNC float swiglu(float gate, float up, float alpha, float limit) {
-  gate = min(gate, limit);
-  up = clamp(up, -limit, limit);
-  return gate / (1.0f + metal::exp(-alpha * gate)) * (up + 1.0f);
-}
+#include "swiglu.h"
 
 template <int D, int H, int E, int CHOSEN, typename T, typename W>
 METAL_FUNC void experts_swiglu(

@@ -42,18 +42,25 @@ METAL_FUNC void stage_block(const device T* x, thread typename Pair<T>::type* pa
   }
 }
 
-// Sum of the 32 products, times 2^-14.
-template <typename P>
-METAL_FUNC float dot_block(uint4 codes, const thread P* x) {
-  float total = 0;
+// For each of R vectors, the sum of the 32 products, times 2^-14; the order of the additions does not depend on R.
+template <int R, typename P>
+METAL_FUNC void dot_block(uint4 codes, const thread P (*x)[16], thread float* totals) {
+  UNROLL for (int r = 0; r < R; r++) totals[r] = 0;
   UNROLL for (int word = 0; word < 4; word++) {
     half2 w[4];
     decode(codes[word], w);
-    UNROLL for (int i = 0; i < 4; i++) {
-      total = fma(float(w[i].x), float(x[4 * word + i].x), total);
-      total = fma(float(w[i].y), float(x[4 * word + i].y), total);
+    UNROLL for (int r = 0; r < R; r++) {
+      UNROLL for (int i = 0; i < 4; i++) {
+        totals[r] = fma(float(w[i].x), float(x[r][4 * word + i].x), totals[r]);
+        totals[r] = fma(float(w[i].y), float(x[r][4 * word + i].y), totals[r]);
+      }
     }
   }
+}
+template <typename P>
+METAL_FUNC float dot_block(uint4 codes, const thread P (&x)[16]) {
+  float total;
+  dot_block<1>(codes, &x, &total);
   return total;
 }
 

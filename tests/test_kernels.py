@@ -159,7 +159,7 @@ def chosen_by(logits: list[list[float]]) -> mx.array:
     return mx.array(logits, dtype=mx.float32)
 
 
-@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down", "expert_groups"])
 @pytest.mark.parametrize(
     "logits",
     [
@@ -252,6 +252,12 @@ FAULTS = [
     ("sample_filtered", "limit -= sums[GROUPS + 1];", ""),
     ("sample_filtered", "row.logits[v] - row.high < least", "false"),
     ("sample_filtered", "g < group ? sums[g] : 0", "sums[g]"),
+    ("expert_groups", "experts[p] == expert && p < thread_id", "experts[p] == expert"),
+    ("expert_groups", "&& experts[p] < expert", "&& experts[p] <= expert"),
+    ("experts_swiglu_grouped", "i < 16 * count", "i < 64"),
+    ("experts_swiglu_grouped", "own[2 + pair + r] / CHOSEN * D", "own[2 + pair] / CHOSEN * D"),
+    ("experts_down_grouped", "|| vector >= count", ""),
+    ("experts_sum", "result = fma(own[1]", "result = fma(1"),
 ]  # fmt: skip
 
 
@@ -264,6 +270,8 @@ def test_faults_are_found(
     monkeypatch.setattr(launch, "source_text", lambda name: text(name).replace(line, fault))
     sizes = {
         "route": replace(Sizes(), hidden=2048),  # more than one simdgroup
+        "expert_groups": replace(Sizes(), batch=7),  # more than one pair of an expert
+        "experts_swiglu_grouped": replace(Sizes(), batch=7),
         "attention_window_prefill": replace(Sizes(), q_heads=9, kv_heads=3, tokens=41),
         "sample_filtered": replace(Sizes(), batch=33),  # each filter draws several times
     }.get(stem, Sizes())

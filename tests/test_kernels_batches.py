@@ -57,6 +57,45 @@ def test_a_row_has_the_same_bits_in_any_company(stem: str, dtype: mx.Dtype, dens
                 np.testing.assert_array_equal(got[company.index(b)], want[0])
 
 
+def logits(kind: str, count: int) -> mx.array:
+    """Of rows that choose at random, all the same experts, or in part the last one."""
+    random = mx.array(np.random.default_rng(3).standard_normal((count, 20), dtype=np.float32))
+    ids = mx.arange(20, dtype=mx.float32)
+    some_last = mx.where((ids == 19) & (mx.arange(count)[:, None] % 2 == 0), 9, random)
+    return {"random": random, "one": ids + 0 * random, "last": some_last}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "dtype"),
+    [
+        ("random", 2, mx.float16),
+        ("random", 33, mx.bfloat16),
+        ("one", 7, mx.bfloat16),
+        ("last", 7, mx.float32),
+    ],
+)
+def test_grouped_experts_have_the_bits_of_single_rows(
+    kind: str, batch: int, dtype: mx.Dtype
+) -> None:
+    """With experts of 0, 1, 4, 5 and all rows, the last expert, and more simdgroups than one."""
+    sizes = replace(SIZES, batch=batch, hidden=2048, inter=1280)
+    single, down = (
+        KERNELS[stem].case(Inputs(replace(sizes, **cut), dtype=dtype))
+        | {"logits": logits(kind, batch)}
+        for stem, cut in (("experts_swiglu", {"inter": 32}), ("experts_down", {"hidden": 64}))
+    )
+    rest = {name: single[name] for name in ("chosen", "alpha", "limit")}
+    with emulate(mode="plain"):
+        k = {stem: kernel.launch for stem, kernel in KERNELS.items()}
+        blocks, choice = k["expert_groups"](single["logits"], chosen=4)
+        h = k["experts_swiglu_grouped"](single["x"], blocks, single["gate"], single["up"], **rest)
+        sums = k["experts_down_grouped"](down["h"], blocks, choice, down["down"])
+        y = k["experts_sum"](sums, choice, down["down"].bias, down["residual"])
+        assert mx.array_equal(h, k["experts_swiglu"](**single))
+        assert mx.array_equal(y, k["experts_down"](**down))
+    assert int(blocks[:, 1].sum()) == 4 * batch
+
+
 @pytest.mark.parametrize("columns", [96, 2880, 4096])
 def test_blocks_cover_every_batch(columns: int) -> None:
     """With no empty threadgroup, and no more than two rows and 12 simdgroups beyond need."""
@@ -78,5 +117,5 @@ def test_threadgroups_fit_the_registers_of_a_core(
     built = ptx.build(text, name)
     assert (built.stack_bytes, built.spill_bytes) == (0, 0)
     assert built.registers is not None
-    simdgroups = {"out_residual": 8, "route": 3}.get(stem, 12)
+    simdgroups = {"norm_qkv_rope": 12, "out_residual": 8, "unembed": 12}.get(stem, 3)
     assert built.registers * 4 * 32 * simdgroups <= 208 * 1024

@@ -169,6 +169,15 @@ def change(stem: str, **changes: Any) -> None:
         ("expert_dispatch", {"count": 0}, "count: expected at least 1, got 0"),
         ("experts_down", {"residual": mx.zeros((1, 190))},
          r"residual: expected \(1, 192\) float32, got \(1, 190\) float32"),
+        ("expert_groups", {"chosen": 21}, "chosen: expected 1 to 20, got 21"),
+        ("expert_groups", {"logits": mx.zeros((1, 64)), "chosen": 33},
+         "pairs: expected at most 32, got 33"),
+        ("experts_down_grouped", {"blocks": mx.zeros((5, 8), mx.int32)},
+         r"blocks: expected \(4, 8\) int32, got \(5, 8\) int32"),
+        ("experts_sum", {"choice": mx.zeros((1, 3, 2))},
+         r"choice: expected \(1, 4, 2\) float32, got \(1, 3, 2\) float32"),
+        ("experts_swiglu_grouped", {"chosen": 5},
+         r"blocks: expected \(5, 8\) int32, got \(4, 8\) int32"),
         ("experts_swiglu", {"chosen": 21}, "chosen: expected 1 to 20, got 21"),
         ("norm_qkv_rope", {"append": (mx.zeros((1, 5, 48, 32)),) * 2},
          r"append keys: expected \(1, 5, 48, 64\) float32, got \(1, 5, 48, 32\) float32"),
@@ -186,10 +195,13 @@ def test_wrong_inputs_are_named(stem: str, changes: dict[str, Any], message: str
         change(stem, **changes)
 
 
-@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
+EXPERTS = ["experts_swiglu", "experts_down", "experts_swiglu_grouped", "experts_down_grouped"]
+
+
+@pytest.mark.parametrize("stem", EXPERTS)
 def test_experts_are_mxfp4(stem: str) -> None:
     given = KERNELS[stem].case(Inputs(Sizes(), dtype=mx.float32))
-    name = "gate" if stem == "experts_swiglu" else "down"
+    name = "gate" if "swiglu" in stem else "down"
     affine = replace(given[name], mode="affine")
     with pytest.raises(KernelError, match=f"{stem}: {name}: expected mxfp4 weights, got affine"):
         KERNELS[stem].launch(**given | {name: affine})

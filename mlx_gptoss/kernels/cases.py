@@ -10,6 +10,8 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.kernels import definitions
+from mlx_gptoss.kernels.matrix import simdgroups
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.reference import choose_experts
@@ -258,6 +260,38 @@ def experts_down(make: Inputs) -> Arguments:
         "h": make.normal(s.batch, s.chosen, s.inter),
         "logits": make.logits(),
         "down": make.expert_matrix(s.hidden, s.inter),
+        "residual": make.normal(s.batch, s.hidden),
+    }
+
+
+def expert_groups(make: Inputs) -> Arguments:
+    """Inputs of `kernels.expert_groups`."""
+    return {"logits": make.logits(), "chosen": make.sizes.chosen}
+
+
+def experts_swiglu_grouped(make: Inputs) -> Arguments:
+    """Inputs of `kernels.experts_swiglu_grouped`: the rows' choices, in blocks."""
+    given = experts_swiglu(make)
+    blocks, _ = definitions.expert_groups(given.pop("logits"), chosen=make.sizes.chosen)
+    return {"x": given.pop("x"), "blocks": blocks, **given}
+
+
+def experts_down_grouped(make: Inputs) -> Arguments:
+    """Inputs of `kernels.experts_down_grouped`."""
+    given = experts_down(make)
+    blocks, choice = definitions.expert_groups(given["logits"], chosen=make.sizes.chosen)
+    return {"h": given["h"], "blocks": blocks, "choice": choice, "down": given["down"]}
+
+
+def experts_sum(make: Inputs) -> Arguments:
+    """Inputs of `kernels.experts_sum`."""
+    s = make.sizes
+    _, choice = definitions.expert_groups(make.logits(), chosen=s.chosen)
+    parts = simdgroups(s.inter)
+    return {
+        "sums": make.normal(s.batch, s.chosen, parts, s.hidden).astype(mx.float32),
+        "choice": choice,
+        "bias": make.normal(s.experts, s.hidden),
         "residual": make.normal(s.batch, s.hidden),
     }
 

@@ -4,12 +4,15 @@ These run where a kernel is not used, and are what a kernel is held to where it 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from mlx_gptoss import matrix as matrices
 from mlx_gptoss import reference
 from mlx_gptoss.kernels.attention import LOG2_E, TILE
+from mlx_gptoss.kernels.grouped import BLOCK, COLUMNS, most_blocks
+from mlx_gptoss.kernels.matrix import simdgroups
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.rope import RopeTable
@@ -155,6 +158,72 @@ def experts_down(h: mx.array, logits: mx.array, down: Matrix, residual: mx.array
     """See `kernels.experts_down`."""
     experts, weights = reference.choose_experts(logits, chosen=h.shape[1])
     return reference.experts_down(h[:, :, None], experts, weights, down, residual)
+
+
+def expert_groups(logits: mx.array, *, chosen: int) -> tuple[mx.array, mx.array]:
+    """See `kernels.expert_groups`."""
+    experts, weights = reference.choose_experts(logits, chosen=chosen)
+    found = reference.expert_dispatch(experts, count=logits.shape[1])
+    sorted_experts = found.experts.astype(mx.int32)
+    place, offsets = mx.arange(experts.size), found.offsets.astype(mx.int32)
+    rank = place - offsets[sorted_experts]
+    block = mx.cumsum(rank % BLOCK == 0) - 1
+    most = most_blocks(experts.size, logits.shape[1])
+    first = mx.zeros((most,), mx.int32).at[block].maximum(place - rank % BLOCK)
+    count = mx.zeros((most,), mx.int32).at[block].add(1)
+    column = mx.arange(BLOCK)
+    pairs = found.order.astype(mx.int32)[
+        first[:, None] + mx.where(column < count[:, None], column, 0)
+    ]
+    filled = mx.concatenate([sorted_experts[first][:, None], count[:, None], pairs], axis=1)
+    blocks = mx.pad(mx.where(count[:, None] > 0, filled, 0), [(0, 0), (0, COLUMNS - BLOCK - 2)])
+    return blocks, mx.stack([experts.astype(mx.float32), weights], axis=-1)
+
+
+def _experts_of(blocks: mx.array, batch: int, chosen: int) -> mx.array:
+    """The expert of each pair, out of the blocks."""
+    pairs = batch * chosen
+    place = mx.where(mx.arange(BLOCK) < blocks[:, 1:2], blocks[:, 2 : 2 + BLOCK], pairs)
+    found = mx.zeros((pairs + 1,), mx.int32).at[place].maximum(blocks[:, :1])
+    return found[:pairs].reshape(batch, chosen).astype(mx.uint32)
+
+
+def experts_swiglu_grouped(
+    x: mx.array,
+    blocks: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    *,
+    chosen: int,
+    alpha: float,
+    limit: float,
+) -> mx.array:
+    """See `kernels.experts_swiglu_grouped`."""
+    experts = _experts_of(blocks, x.shape[0], chosen)
+    h = reference.experts_swiglu(
+        x[:, None, None], experts, gate, up, limit=limit, alpha=alpha, grouped=False
+    )
+    return h[:, :, 0]
+
+
+def experts_down_grouped(h: mx.array, blocks: mx.array, choice: mx.array, down: Matrix) -> mx.array:
+    """See `kernels.experts_down_grouped`."""
+    experts, parts = _experts_of(blocks, *h.shape[:2]), simdgroups(h.shape[-1])
+    assert down.bias is not None
+    unbiased = replace(down, bias=mx.zeros_like(down.bias))
+    own = mx.arange(h.shape[-1]) * parts // h.shape[-1] == mx.arange(parts)[:, None]
+    sums = [
+        matrices.expert_linear(mx.where(part, h, 0)[:, :, None], unbiased, experts, grouped=False)
+        for part in own
+    ]
+    return mx.concatenate(sums, axis=2).astype(mx.float32) * choice[..., 1:, None]
+
+
+def experts_sum(sums: mx.array, choice: mx.array, bias: mx.array, residual: mx.array) -> mx.array:
+    """See `kernels.experts_sum`."""
+    biases = bias.astype(mx.float32)[choice[..., 0].astype(mx.uint32)]
+    y = sums.sum(2) + biases * choice[..., 1:]
+    return (residual.astype(mx.float32) + y.sum(1)).astype(residual.dtype)
 
 
 def expert_dispatch(experts: mx.array, *, count: int) -> reference.Dispatch:

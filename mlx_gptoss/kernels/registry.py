@@ -7,7 +7,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gptoss.kernels import attention, cases, definitions, experts, projections, sampling
+from mlx_gptoss.kernels import (
+    attention,
+    cases,
+    definitions,
+    experts,
+    grouped,
+    projections,
+    sampling,
+)
 from mlx_gptoss.kernels.cases import Arguments, Inputs
 
 
@@ -57,6 +65,7 @@ _WRAPPERS: dict[ModuleType, tuple[str, ...]] = {
         "attention_window_prefill",
     ),
     experts: ("expert_dispatch", "experts_down", "experts_swiglu"),
+    grouped: ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped"),
     projections: ("embed", "norm_qkv_rope", "out_residual", "route"),
     sampling: ("sample_filtered", "sample_token", "unembed"),
 }

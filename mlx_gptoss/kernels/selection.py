@@ -107,7 +107,7 @@ def choose_kernels(
     fallbacks = checked(sizes, dtype=dtype, dense=dense, record=record)
     if dtype != mx.float32 and expert_input_bound >= FLOAT16_LARGEST:
         reason = f"its inputs may reach {expert_input_bound:.0f}, which is beyond float16"
-        fallbacks = {**fallbacks, "experts_swiglu": reason}
+        fallbacks = {**fallbacks, "experts_swiglu": reason, "experts_swiglu_grouped": reason}
     chosen = KernelSet.of(fallbacks)
     if chosen.fallbacks:
         text = "; ".join(f"{stem}: {why}" for stem, why in chosen.fallbacks.items())
