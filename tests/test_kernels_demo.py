@@ -131,18 +131,26 @@ def cut(demo: Model, rows: mx.array) -> Model:
     return model
 
 
-@pytest.mark.parametrize("chunks", [[200], [70, 1, 129]], ids=str)
-def test_a_prompt_is_the_same(
-    demo: Model, trained_ids: np.ndarray, chunks: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the operations that Metal would run, in chunks on both sides of the window."""
-    model = cut(demo, mx.array(trained_ids))
-    place = {int(token): row for row, token in enumerate(trained_ids)}
-    tokens = [place[token] for token in prompt() * 20][: sum(chunks)]
-    want = model.next_logits(mx.array([tokens]))
-    model.kernels = all_kernels()
+@pytest.fixture
+def as_on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts take the operations that Metal would run; MLX's own run on the CPU all the same."""
     monkeypatch.setattr(moe, "on_cpu", lambda: False)
     monkeypatch.setattr(attention, "on_cpu", lambda: False)
+
+
+def long_prompt(model: Model, trained_ids: np.ndarray) -> tuple[Model, list[int]]:
+    """The demo with the rows of its vocabulary that were trained, and 260 tokens of them."""
+    place = {int(token): row for row, token in enumerate(trained_ids)}
+    return cut(model, mx.array(trained_ids)), [place[token] for token in prompt() * 20][:260]
+
+
+@pytest.mark.usefixtures("as_on_metal")
+@pytest.mark.parametrize("chunks", [[200], [70, 1, 129]], ids=str)
+def test_a_prompt_is_the_same(demo: Model, trained_ids: np.ndarray, chunks: list[int]) -> None:
+    """In chunks on both sides of the window."""
+    model, tokens = long_prompt(demo, trained_ids)
+    want = model.next_logits(mx.array([tokens[: sum(chunks)]]))
+    model.kernels = all_kernels()
     cache, parts = model.make_cache(), np.split(tokens, np.cumsum(chunks))
     with emulate(mode="plain") as session:
         for part in parts[: len(chunks) - 1]:
@@ -151,6 +159,19 @@ def test_a_prompt_is_the_same(
     assert used([report.kernel for report in session.reports]) == PROMPT_KERNELS
     assert mx.abs(got - want).max().item() < 2e-5 * mx.abs(want).max().item()
     assert mx.argmax(got).item() == mx.argmax(want).item()
+
+
+@pytest.mark.usefixtures("as_on_metal")
+def test_a_padded_prompt_is_the_same(demo: Model, trained_ids: np.ndarray) -> None:
+    """Two rows, of which one begins 37 tokens later than the other."""
+    model, tokens = long_prompt(demo, trained_ids)
+    rows = mx.array([tokens[:150], [0] * 37 + tokens[90:203]])
+    alone = [model.next_logits(mx.array([t])) for t in (tokens[:150], tokens[90:203])]
+    model.kernels = all_kernels()
+    with emulate(mode="plain"):
+        got = model.next_logits(rows, model.make_cache(2, left_padding=[0, 37]))
+    want = mx.concatenate(alone)
+    assert mx.abs(got - want).max().item() < 2e-5 * mx.abs(want).max().item()
 
 
 def test_the_whole_vocabulary(demo: Model) -> None:
