@@ -3,17 +3,21 @@
 Of the experts and of the vocabulary only the first few take part: each is treated alike.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_gptoss.decode import Decoder
 from mlx_gptoss.kernels.agreement import compare
 from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import check_sizes, sizes_of
+from mlx_gptoss.kernels.selection import all_kernels, check_sizes, sizes_of
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
+from mlx_gptoss.sampling import SamplingParams
 
 
 def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
@@ -38,6 +42,42 @@ def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
     except Exception as error:  # whatever Metal's compiler or driver says is the finding
         return f"failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return "" if worst <= 1 else f"differs by {worst:.3g} times its tolerance"
+
+
+def with_all_kernels(model: Model) -> Model:
+    """The same weights, with every kernel where it belongs, whatever was chosen for the model."""
+    other = copy(model)
+    other.kernels = all_kernels()
+    return other
+
+
+def decoded(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+    """What the compiled step chooses greedily after a prompt.
+
+    Args:
+        model: with kernels.
+        prompt: ids, at least 2; fed in two chunks, but for the last.
+        count: of steps.
+
+    Returns:
+        Ids, and their log-probabilities.
+    """
+    cache, half = model.make_cache(), len(prompt) // 2
+    for piece in (prompt[:half], prompt[half:-1]):
+        model.hidden(mx.array([list(piece)], mx.int32), cache)
+        mx.eval(cache.arrays)
+    allowed = mx.ones((model.config.vocab_size,), mx.uint8)
+    decoder = Decoder(model, kernels=model.kernels, allowed=allowed)
+    greedy = SamplingParams(temperature=0, seed=0)
+    decoding = decoder.start(cache, mx.array([prompt[-1]], mx.int32), sampling=[greedy])
+    tokens, logprobs = [], []
+    for _ in range(count):
+        decoding.advance()
+        decoding.keep()
+        tokens.append(int(decoding.state.token))
+        logprobs.append(float(decoding.state.rows.logprob))
+    decoding.finish()
+    return tokens, logprobs
 
 
 def _dense(model: Model) -> Dense:

@@ -68,3 +68,10 @@ def score(model: Model, transcript: Transcript) -> Transcript:
         logprobs.append(float(logits[token] - top - np.log(np.exp(logits - top).sum())))
         fed = [token]
     return Transcript(prompt=transcript.prompt, tokens=tuple(tokens), logprobs=tuple(logprobs))
+
+
+def agreement(one: Transcript, other: Transcript) -> tuple[float, float]:
+    """Share of equal choices, and mean difference of log-probabilities."""
+    top1 = float((np.array(one.tokens) == other.tokens).mean())
+    gap = float(np.abs(np.subtract(one.logprobs, other.logprobs)).mean())
+    return top1, gap if np.isfinite(gap) else float("inf")

@@ -4,8 +4,9 @@
     constants  the numbers of config.json that no gpt-oss varies are the published ones
     rotation   cosines and sines on this device against float64
     layers     two layers at a time in float32: a prompt at once, in pieces, token by token
-    kernels    our kernels, with these weights, against their definitions
     products   matrix products on this device, with these weights, against float64
+    kernels    our kernels, with these weights, against their definitions
+    steps      the whole model by our kernels, where they run: a prompt in chunks, decoded tokens
     routes     the whole model as it is used: a prompt at once, and token by token
     answer     a stored answer of the same weights, token by token
 
@@ -23,7 +24,7 @@ import numpy as np
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import GPT_OSS_20B, ModelConfig
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.kernel_faults import kernel_fault
+from mlx_gptoss.kernel_faults import decoded, kernel_fault, with_all_kernels
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.matrix import Matrix, expert_linear, linear
 from mlx_gptoss.model import Model, load_model
@@ -37,7 +38,7 @@ from mlx_gptoss.routes import (
     route_differences,
     sample_prompt,
 )
-from mlx_gptoss.transcripts import score, stored_transcript, weights_digest
+from mlx_gptoss.transcripts import Transcript, agreement, score, stored_transcript, weights_digest
 from mlx_gptoss.unpack import bias_rows, dense_rows, numbers
 
 Progress = Callable[[str, int, int], None]
@@ -46,6 +47,8 @@ Progress = Callable[[str, int, int], None]
 CONSTANTS = ("rope_theta", "rope", "swiglu_limit", "swiglu_alpha", "rms_norm_eps", "sliding_window")
 
 ROWS = 256  # of a matrix that are computed in float64
+STEPS = 16  # decoded by the kernels
+STEPS_GAP = 0.1  # nats; right kernels differ by 0.02 on random weights, whose logits spread widely
 TOKENS = (1, 5, 80)  # a matrix-vector product, a narrow and a tiled matrix product
 # A product may differ by its rounding to bfloat16, and by the rounding of its sum.
 ROUNDING = 2**-7
@@ -101,7 +104,9 @@ def verify(folder: Path, *, progress: Progress | None = None) -> Iterator[Check]
     yield _layers(checkpoint, progress)
     model = load_model(folder, kernels="off")
     yield _products(model)
-    yield _kernels(model)
+    yield (kernels := _kernels(model))
+    if kernels.outcome is Outcome.PASSED:
+        yield _steps(model)
     yield _routes(model)
     yield _answer(checkpoint, model)
 
@@ -214,6 +219,25 @@ def _kernels(model: Model) -> Check:
     return _passed("kernels", not wrong, detail, wrong=len(wrong))
 
 
+def _steps(model: Model) -> Check:
+    """The whole model by its kernels, past the window: a prompt in chunks, then compiled steps."""
+    window, ours = model.config.sliding_window, with_all_kernels(model)
+    prompt = sample_prompt(model.config, 2 * window + 37)
+    routes = (hidden_by_pieces(model, prompt, ()), hidden_by_pieces(ours, prompt, (window + 1,)))
+    d = difference(*(numbers(model.unembed(hidden)[0]) for hidden in routes))
+    tokens, logprobs = decoded(ours, prompt, STEPS)
+    fed = Transcript(prompt=tuple(prompt), tokens=tuple(tokens), logprobs=tuple(logprobs))
+    top1, gap = agreement(fed, score(model, fed))
+    detail = (
+        f"{len(prompt)} tokens by the kernels in chunks: KL {d.mean_kl:.2g} nats, same choice "
+        f"{100 * d.top1:.0f} %, largest difference {d.largest:.2g}; {STEPS} decoded by them: same "
+        f"choice {100 * top1:.0f} %, mean difference of log-probabilities {gap:.2g}"
+    )
+    good = d.mean_kl <= MEAN_KL and min(d.top1, top1) >= TOP1 and gap <= STEPS_GAP
+    found = {"mean_kl": d.mean_kl, "top1": d.top1, "max_difference": d.largest}
+    return _passed("steps", good, detail, **found, decoded_top1=top1, decoded_gap=gap)
+
+
 def _product(x: mx.array, matrix: Matrix, expert: int | None) -> mx.array:
     if expert is None:
         return linear(x, matrix)
@@ -264,9 +288,7 @@ def _answer(checkpoint: Checkpoint, model: Model) -> Check:
     if stored is None:
         detail = "no answer is stored for these weights"
         return Check(name="answer", outcome=Outcome.SKIPPED, detail=detail)
-    found = score(model, stored)
-    top1 = float((np.array(found.tokens) == stored.tokens).mean())
-    gap = float(np.abs(np.subtract(found.logprobs, stored.logprobs)).mean())
+    top1, gap = agreement(stored, score(model, stored))
     detail = (
         f"{len(stored.tokens)} stored tokens: same choice at {100 * top1:.0f} %, mean difference "
         f"of log-probabilities {gap:.2g}"
