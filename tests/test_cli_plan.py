@@ -1,11 +1,13 @@
 """`mlx-gptoss plan`: verdicts in words, JSON and exit codes."""
 
+import dataclasses
 import json
 
 import pytest
 from click.testing import CliRunner
 from tiny import write_checkpoint
 
+from mlx_gptoss import machine, memory
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
 
@@ -84,3 +86,20 @@ def test_mistakes_are_one_line(arguments, code, message):
     result = plan("20b", *arguments)
     assert result.exit_code == code
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+def test_generate_refuses_what_does_not_fit(monkeypatch):
+    """The numbers, one line, and before the model is loaded."""
+    here = dataclasses.replace(machine.read_machine(), working_set_bytes=133_000_000)
+    monkeypatch.setattr(memory, "read_machine", lambda: here)
+    asked = ["generate", "-m", "demo", "Hi " * 3000, "--max-tokens", "1"]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "prompt tokens with max_tokens=1 need 0.1" in result.stderr
+    assert "this machine lets 0.12 GiB be used, enough for" in result.stderr
+    tight = dataclasses.replace(here, working_set_bytes=100_000_000)
+    monkeypatch.setattr(memory, "read_machine", lambda: tight)
+    refused = CliRunner().invoke(main, ["generate", "-m", "demo", "Hi", "--max-tokens", "1"])
+    assert refused.exit_code == 1 and "with a context of 1024 tokens needs" in refused.stderr
+    in_file = [*asked[:3], "Hi", "--max-tokens", "1", "--embedding", "file", "--seed", "1"]
+    assert CliRunner().invoke(main, in_file).exit_code == 0
