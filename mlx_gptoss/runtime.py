@@ -11,7 +11,8 @@ of the last one by itself: give the messages so far, with those of `Reply.messag
 
 The same seed gives the same tokens whether other turns run beside it or not, as long as the prompt
 is fed in the same pieces: rounding differs between one long prompt and two halves of it, so a turn
-that reuses a cache may differ in the last bits from one that does not (`cache_bytes=0` never does).
+that reuses a cache may differ in the last bits from one that does not (`cache_bytes=0` without a
+`cache_dir` reuses none).
 """
 
 from collections.abc import Callable, Sequence

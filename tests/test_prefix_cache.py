@@ -1,7 +1,7 @@
 """What turns reuse of each other: counts that the drop rule predicts, and bits of a cold run.
 
-The weights are random and the window is the published 128. What is sampled is given, so that the
-turns have tools and reasoning; the logits behind it are the model's.
+The window is the published 128. But for the demo's, the weights are random, and what is sampled is
+given, so that the turns have tools and reasoning; the logits behind it are the model's.
 """
 
 from collections.abc import Callable, Iterator
