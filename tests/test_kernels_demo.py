@@ -131,9 +131,9 @@ def cut(demo: Model, rows: mx.array) -> Model:
     return model
 
 
-@pytest.fixture
-def as_on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_metal(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts take the operations that Metal would run; MLX's own run on the CPU all the same."""
+    model.kernels = all_kernels()
     monkeypatch.setattr(moe, "on_cpu", lambda: False)
     monkeypatch.setattr(attention, "on_cpu", lambda: False)
 
@@ -144,13 +144,14 @@ def long_prompt(model: Model, trained_ids: np.ndarray) -> tuple[Model, list[int]
     return cut(model, mx.array(trained_ids)), [place[token] for token in prompt() * 20][:260]
 
 
-@pytest.mark.usefixtures("as_on_metal")
 @pytest.mark.parametrize("chunks", [[200], [70, 1, 129]], ids=str)
-def test_a_prompt_is_the_same(demo: Model, trained_ids: np.ndarray, chunks: list[int]) -> None:
+def test_a_prompt_is_the_same(
+    demo: Model, trained_ids: np.ndarray, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In chunks on both sides of the window."""
     model, tokens = long_prompt(demo, trained_ids)
     want = model.next_logits(mx.array([tokens[: sum(chunks)]]))
-    model.kernels = all_kernels()
+    as_on_metal(model, monkeypatch)
     cache, parts = model.make_cache(), np.split(tokens, np.cumsum(chunks))
     with emulate(mode="plain") as session:
         for part in parts[: len(chunks) - 1]:
@@ -161,16 +162,18 @@ def test_a_prompt_is_the_same(demo: Model, trained_ids: np.ndarray, chunks: list
     assert mx.argmax(got).item() == mx.argmax(want).item()
 
 
-@pytest.mark.usefixtures("as_on_metal")
-def test_a_padded_prompt_is_the_same(demo: Model, trained_ids: np.ndarray) -> None:
+def test_a_padded_prompt_is_the_same(
+    demo: Model, trained_ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rows, of which one begins 37 tokens later than the other."""
     model, tokens = long_prompt(demo, trained_ids)
     rows = mx.array([tokens[:150], [0] * 37 + tokens[90:203]])
-    alone = [model.next_logits(mx.array([t])) for t in (tokens[:150], tokens[90:203])]
-    model.kernels = all_kernels()
+    want = mx.concatenate(
+        [model.next_logits(mx.array([t])) for t in (tokens[:150], tokens[90:203])]
+    )
+    as_on_metal(model, monkeypatch)
     with emulate(mode="plain"):
         got = model.next_logits(rows, model.make_cache(2, left_padding=[0, 37]))
-    want = mx.concatenate(alone)
     assert mx.abs(got - want).max().item() < 2e-5 * mx.abs(want).max().item()
 
 
