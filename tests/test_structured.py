@@ -290,6 +290,12 @@ def test_what_llguidance_gives_up_is_an_error_and_no_answer() -> None:
         guide.allowed()
 
 
+def test_a_turn_whose_guide_gives_up_ends_in_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guide, "accept", lambda guide, token: guide._matcher.consume_token(5))
+    with pytest.raises(SchemaError, match="turn: expected a grammar that llguidance can follow"):
+        respond(THOUGHT)
+
+
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(SchemaError, match=r'run `pip install "mlx-gptoss\[structured\]"`'):

@@ -25,7 +25,7 @@ from mlx_gptoss.vocabulary import Special, load_vocabulary
 
 BATCHES = 8
 MOST = 300  # tokens of a drawn answer
-DEMO_SEEDS = [0, 2, 4, 8, 10, 13, 17, 20]  # answered in few tokens
+DEMO_SEEDS = [0, 2, 4, 10, 17, 20]  # answered in few tokens
 
 
 def drawn_answer(schema: Schema, *, seed: int) -> str | None:
