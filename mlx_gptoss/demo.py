@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import lzma
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ import numpy as np
 from safetensors.numpy import load
 
 from mlx_gptoss.convert import convert_checkpoint
-from mlx_gptoss.errors import CheckpointError, ConversionError
+from mlx_gptoss.errors import CheckpointError, ConversionError, GptOssError
+from mlx_gptoss.manifest import MANIFEST, read_manifest
 from mlx_gptoss.vocabulary import N_VOCAB
 from mlx_gptoss.weight_files import INDEX, TensorSpec, safetensors_header
 
@@ -96,7 +98,8 @@ GENERATION_CONFIG = {
 def demo_model_path(store: Path) -> Path:
     """The converted demo model in a model store, made at first use (a second or two).
 
-    Safe when several processes ask at once; what a kill leaves is replaced the next time.
+    Safe when several processes ask at once. What a kill leaves, or a copy whose files are missing
+    or of another size, is replaced; demos of other versions are then removed.
 
     Args:
         store: Folder of models; created if it is not there.
@@ -106,26 +109,65 @@ def demo_model_path(store: Path) -> Path:
 
     Raises:
         CheckpointError: The compact file is missing or damaged.
-        ConversionError: The store cannot be written, or its disk is full.
+        ConversionError: The store cannot be written, its disk is full, or a file that is not the
+            demo's lies in a damaged copy.
     """
-    target = store / f"demo-{DEMO_SHA256[:12]}"
-    if target.is_dir():
+    target = _folder(store)
+    if is_unpacked(store):
         return target
     source = store / f".{target.name}.source"
     with _store_faults(store):
         store.mkdir(parents=True, exist_ok=True)
         with (store / ".demo.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if target.is_dir():  # made by another process while this one waited
+            if is_unpacked(store):  # made by another process while this one waited
                 return target
             _check_space(store)
+            if target.is_dir() and not _remove(target):
+                raise ConversionError(
+                    f"{target}: this copy of the demo model is damaged, and holds files that are "
+                    "not its own; move them away, so that it can be made anew"
+                )
             shutil.rmtree(source, ignore_errors=True)
             try:
                 expand_demo(source)
                 convert_checkpoint(source, target)
             finally:
                 shutil.rmtree(source, ignore_errors=True)
+            for other in store.glob("demo-" + 12 * "[0-9a-f]"):
+                if other != target:
+                    _remove(other)
     return target
+
+
+def is_unpacked(store: Path) -> bool:
+    """Whether a model store holds the demo with every file that its manifest names, in full."""
+    folder = _folder(store)
+    try:
+        manifest = read_manifest(folder)
+        return manifest is not None and all(
+            (folder / name).stat().st_size == entry["nbytes"]
+            for name, entry in manifest["files"].items()
+        )
+    except (OSError, GptOssError):
+        return False
+
+
+def _folder(store: Path) -> Path:
+    return store / f"demo-{DEMO_SHA256[:12]}"
+
+
+def _remove(folder: Path) -> bool:
+    """Remove an unpacked demo, unless a file lies in it that no conversion writes."""
+    if not all(_CONVERTED.fullmatch(path.name) for path in folder.iterdir()):
+        return False
+    shutil.rmtree(folder)
+    return True
+
+
+_CONVERTED = re.compile(
+    rf"{re.escape(MANIFEST)}|(generation_)?config\.json|model[-.\w]*\.safetensors(\.index\.json)?"
+)
 
 
 def expand_demo(folder: Path) -> None:

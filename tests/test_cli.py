@@ -16,7 +16,7 @@ import scripted
 from click.testing import CliRunner, Result
 from tiny import write_checkpoint
 
-from mlx_gptoss import library, memory, model
+from mlx_gptoss import demo, library, memory, model
 from mlx_gptoss.cli import main
 from mlx_gptoss.cli.reply import Printer, Reasoning
 from mlx_gptoss.convert import convert_checkpoint
@@ -93,6 +93,18 @@ def test_the_demo_says_that_it_is_one(answering: scripted.ScriptedModel) -> None
     env = {"MLX_GPTOSS_MODEL": "mine"}
     named = CliRunner().invoke(main, ["generate", "--json", "Hi"], env=env)
     assert "demo" not in named.stderr and json.loads(named.stdout)["model"] == "mine"
+
+
+def test_unpacking_the_demo_is_said_once(
+    answering: scripted.ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "Unpacking the demo, once: a few seconds."
+    assert said in run("generate", "Hi").stderr
+    assert said in run("generate", "-m", "demo", "Hi").stderr
+    assert said not in run("generate", "-m", "demo", "-q", "Hi").stderr
+    assert said not in run("generate", "-m", "x", "Hi").stderr
+    monkeypatch.setattr(demo, "is_unpacked", lambda store: True)
+    assert said not in run("generate", "Hi").stderr
 
 
 def test_json_is_one_object_with_the_promised_fields(answering: scripted.ScriptedModel) -> None:

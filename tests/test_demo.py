@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 from collections import namedtuple
 from importlib.resources import files
 from pathlib import Path
@@ -186,6 +187,46 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConversionError, match="the disk is full; the demo model is unpacked there"):
         demo_model_path(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".demo.lock"]
+
+
+def test_a_damaged_copy_is_made_anew(tmp_path: Path) -> None:
+    """A file missing, cut short, or a manifest that says nothing; whole copies are left alone."""
+    folder = demo_model_path(tmp_path)
+    shard = max(folder.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    before = shard.stat().st_ino
+    assert demo_model_path(tmp_path) == folder and shard.stat().st_ino == before
+
+    shard.write_bytes(whole[:-1])
+    assert not demo.is_unpacked(tmp_path)
+    assert demo_model_path(tmp_path) == folder and shard.read_bytes() == whole
+
+    for path in (shard, folder / "mlx_gptoss.json"):
+        path.unlink()
+        assert not demo.is_unpacked(tmp_path)
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(
+        ConversionError, match=r"demo-\w+: this copy .* is damaged, and holds files"
+    ):
+        demo_model_path(tmp_path)
+    assert (folder / "thesis.txt").read_text() == "precious"
+
+
+def test_demos_of_other_versions_are_removed(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {
+        "demo-0123456789ab": "config.json",
+        "demo-0123456789ac": "thesis.txt",
+        "demo-mine": "x",
+    }
+    for name, file in names.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    monkeypatch.setattr(demo, "expand_demo", lambda folder: shutil.copytree(source, folder))
+    made = demo_model_path(tmp_path).name
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {made, ".demo.lock", "demo-0123456789ac", "demo-mine"}
 
 
 def _make(store: Path) -> None:

@@ -132,8 +132,14 @@ def _params(
 
 
 def chosen_model(model: str | None, *, quiet: bool) -> str:
-    """The model asked for, or the demo, said aloud."""
-    if model is not None:
-        return model
-    note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
-    return "demo"
+    """The model asked for, or the demo, said aloud; also that it must be unpacked first."""
+    from mlx_gptoss.library import DEMO, model_store
+
+    if model is None:
+        note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
+    if model in (None, DEMO):
+        from mlx_gptoss.demo import is_unpacked
+
+        if not is_unpacked(model_store()):
+            note("Unpacking the demo, once: a few seconds.", quiet=quiet)
+    return model or DEMO
