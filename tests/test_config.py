@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import PUBLISHED_ROPE
 
 from mlx_gptoss.config import (
     GPT_OSS_20B,
@@ -39,14 +40,7 @@ PUBLISHED = {
     "pad_token_id": 199999,
     "quantization_config": {"quant_method": "mxfp4"},
     "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
+    "rope_scaling": PUBLISHED_ROPE,
     "rope_theta": 150000,
     "router_aux_loss_coef": 0.9,
     "sliding_window": 128,

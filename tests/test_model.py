@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import TinyShape, hf_tensors
+from tiny import PUBLISHED_ROPE, TinyShape, hf_tensors
 from weights import experts_packed, mlx_weights, tiny_config, tiny_model
 
 from mlx_gptoss.checkpoint import Quantization
@@ -179,8 +179,7 @@ def test_swiglu_limit_is_honoured() -> None:
 def test_rope_parameters_of_transformers_5_are_honoured() -> None:
     """Read as plain RoPE, as if the field were absent, every logit would move."""
     shape, tokens = small(2), prompt(200)
-    rope = {"rope_theta": 150000, "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0}
-    rope |= {"beta_slow": 1.0, "original_max_position_embeddings": 4096, "truncate": False}
+    rope = {**PUBLISHED_ROPE, "rope_theta": 150000}
     new = {"rope_scaling": None, "rope_theta": None, "rope_parameters": rope}
     published = tiny_model(shape)
     assert mx.array_equal(tiny_model(shape, **new)(tokens), published(tokens))
@@ -190,9 +189,8 @@ def test_rope_parameters_of_transformers_5_are_honoured() -> None:
 
 def test_truncate_is_honoured() -> None:
     shape, tokens = small(2), prompt(300)
-    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
-    rope |= {"original_max_position_embeddings": 4096, "truncate": True}
-    difference = tiny_model(shape, rope_scaling=rope)(tokens) - tiny_model(shape)(tokens)
+    rounded = {**PUBLISHED_ROPE, "truncate": True}
+    difference = tiny_model(shape, rope_scaling=rounded)(tokens) - tiny_model(shape)(tokens)
     assert mx.abs(difference).max().item() > 0.1
 
 

@@ -21,6 +21,14 @@ import numpy as np
 Layout = Literal["hf", "original", "dense", "resaved"]
 Tensors = dict[str, np.ndarray]  # uint16 stands for bfloat16
 
+PUBLISHED_ROPE = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "rope_type": "yarn",
+    "truncate": False,
+}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
@@ -302,14 +310,7 @@ def hf_config(s: TinyShape) -> dict[str, Any]:
             "quant_method": "mxfp4",
         },
         "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
+        "rope_scaling": dict(PUBLISHED_ROPE),
         "rope_theta": 150000,
         "router_aux_loss_coef": 0.9,
         "sliding_window": s.window,
