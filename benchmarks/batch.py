@@ -49,6 +49,7 @@ def rounds_of(engine: Engine, count: int, *, prompt: int, tokens: int) -> Callab
             engine.launch(turns)
             for turn in turns:
                 next(turn)
+        mx.synchronize()  # the step ahead is of this measurement, not of the next one
 
     several()
     return several

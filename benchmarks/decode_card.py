@@ -46,7 +46,8 @@ from benchmarks.graph import (  # noqa: E402
 from mlx_gptoss.checkpoint import expected_tensors  # noqa: E402
 from mlx_gptoss.chips import CHIPS  # noqa: E402
 from mlx_gptoss.config import FULL, GPT_OSS_20B, GPT_OSS_120B, ModelConfig  # noqa: E402
-from mlx_gptoss.decode import ROWS, Decoder  # noqa: E402
+from mlx_gptoss.decode import Decoder  # noqa: E402
+from mlx_gptoss.decode_state import ROWS  # noqa: E402
 from mlx_gptoss.dispatches import Counted, count_step, step_arguments  # noqa: E402
 from mlx_gptoss.kernels.selection import all_definitions, all_kernels  # noqa: E402
 from mlx_gptoss.model import Model  # noqa: E402

@@ -15,27 +15,23 @@ each attends over its own frozen segments. The rows of a batch depend on nothing
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_gptoss.cache import FullCache, ModelCache, Segment
+from mlx_gptoss.cache import ModelCache, Segment
 from mlx_gptoss.config import FULL
-from mlx_gptoss.decode_state import DecodeState, StepArrays, joined
+from mlx_gptoss.decode_state import Decoding, StepArrays, joined
 from mlx_gptoss.decode_weights import Weights, arrays_of, given, weights_of
-from mlx_gptoss.errors import CacheError
 from mlx_gptoss.kernels.attention import splits_for
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams
 
-ROWS = 128  # of an append segment: 0.25% of a token's bytes are copied, one merge in 128 tokens
 CONTROL = 8  # columns: position, base, slot, seed low, seed high; 8 make MLX pass a device pointer
-
 MOST_TRACES = 64  # of one compiled function, which keeps them all: one for each set of shapes
 
 
@@ -178,7 +174,7 @@ class Decoder:
         token: mx.array,
         *,
         sampling: Sequence[SamplingParams],
-    ) -> "Decoding":
+    ) -> Decoding:
         """Begin to decode after a prompt.
 
         Args:
@@ -189,9 +185,11 @@ class Decoder:
         Raises:
             CacheError: rows of the cache are padded.
         """
-        return Decoding(self, cache, token, sampling=sampling)
+        return Decoding(
+            cache, token, config=self.model.config, dtype=self.model.dtype, sampling=sampling
+        )
 
-    def advance(self, decodings: Sequence["Decoding"]) -> None:
+    def advance(self, decodings: Sequence[Decoding]) -> None:
         """Launch the next step of several generations together; each can still drop it.
 
         Args:
@@ -231,127 +229,6 @@ class Decoder:
         mx.async_eval(after.arrays, [one.state.token for one in decodings])
 
 
-class Decoding:
-    """One generation: its newest state, and the frozen segments that it builds on.
-
-    Attributes:
-        state: the newest state; its token is not fed yet.
-        frozen: keys and values of each layer up to the last merge.
-        filtered: some row has a top-k, top-p or min-p.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        cache: ModelCache,
-        token: mx.array,
-        *,
-        sampling: Sequence[SamplingParams],
-    ):
-        if cache.start is not None:
-            raise CacheError(
-                f"cache: expected rows without padding, got {list(cache.left_padding)} tokens of "
-                "it; the compiled step takes rows of any length, each with a cache of its own"
-            )
-        self._decoder, self._cache = decoder, cache
-        self._previous: DecodeState | None = None
-        c, count = decoder.model.config, token.size
-        self.frozen = _frozen(cache)
-        self.filtered = any(map(_filters, sampling))
-        at = cache.offset
-        rows = [[at, at, 0, *_words(params.seed or 0), 0, 0, 0] for params in sampling]
-        shape = (count, c.num_key_value_heads, ROWS, c.head_dim)
-        dtype = decoder.model.dtype
-        step = StepArrays(
-            token=token.astype(mx.int32),
-            control=mx.array(rows, dtype=mx.int32),
-            logprob=mx.zeros((count,)),
-            sampling=mx.array([_columns(params) for params in sampling], mx.float32),
-            append=[(mx.zeros(shape, dtype), mx.zeros(shape, dtype)) for _ in c.layer_types],
-        )
-        self.state = DecodeState.of(step, first=0, count=count, slot=0)
-        mx.eval(step.arrays)
-
-    @property
-    def capacity(self) -> int:
-        """Positions of the longest frozen segment."""
-        return max(keys.shape[2] for keys, _ in self.frozen)
-
-    def advance(self) -> None:
-        """Launch the next step of this generation alone."""
-        self._decoder.advance([self])
-
-    def step_to(self, step: StepArrays, first: int) -> None:
-        """Go on to this generation's rows of a step, and keep the state before it."""
-        before = self._previous = self.state
-        self.state = DecodeState.of(step, first=first, count=before.count, slot=before.slot + 1)
-
-    def keep(self) -> None:
-        """The last step counts: it can no longer be dropped."""
-        self._previous = None
-
-    def finish(self) -> None:
-        """Drop the last step unless it was kept, and bring the cache to the state before it.
-
-        The cache then holds every token fed before that state, and not the state's own.
-        """
-        self.state = self._previous or self.state
-        self._merge()
-        self.frozen = []
-
-    def make_room(self) -> None:
-        """Merge if the append segments are full, after everything in flight is done."""
-        if self.state.slot == ROWS:
-            self._merge()
-
-    def stand_alone(self) -> None:
-        """Let go of the arrays of a batch that goes on without this generation."""
-        self.state = self.state.copied()
-        self._previous = self._previous and self._previous.copied()
-
-    def _merge(self) -> None:
-        """Move the append rows into the cache."""
-        slot, count, rows = self.state.slot, self.state.count, self.state.rows
-        mx.synchronize()  # a buffer that a step still reads would be copied instead of reused
-        self.frozen = []
-        if slot:
-            for layer, (keys, values) in zip(self._cache, rows.append, strict=True):
-                layer.extend(keys[:, :, :slot], values[:, :, :slot])
-                mx.eval(layer.arrays)  # one layer at a time: at most one buffer is copied
-        self.frozen = _frozen(self._cache)
-        position, rest = rows.control[:, :1], rows.control[:, 3:]
-        control = mx.concatenate([position, position, mx.zeros_like(position), rest], axis=1)
-        self.state = DecodeState.of(replace(rows, control=control), first=0, count=count, slot=0)
-        mx.eval(control)
-
-
-def _frozen(cache: ModelCache) -> list[Segment]:
-    segments = [a.freeze() if isinstance(a, FullCache) else a.arrays for a in cache]
-    mx.eval(segments)
-    return segments
-
-
 def _compiled(step: Callable[..., Any]) -> dict[bool, Callable[..., Any]]:
     """The step without and with filters: a batch without any skips `sample_filtered`'s passes."""
     return {filtered: mx.compile(partial(step, filtered=filtered)) for filtered in (False, True)}
-
-
-def _filters(params: SamplingParams) -> bool:
-    """Whether a top-k, top-p or min-p can change what is drawn."""
-    return params.temperature > 0 and (
-        params.top_k is not None or params.top_p < 1 or bool(params.min_p)
-    )
-
-
-def _columns(params: SamplingParams) -> list[float]:
-    """A row of `kernels.sample_filtered`'s `sampling`; a greedy row needs no filter."""
-    if not _filters(params):
-        return [params.temperature, 0, 1, 0, 0, 0, 0, 0]
-    top_k = min(params.top_k or 0, 2**22)  # more than any vocabulary, and exact in float32
-    return [params.temperature, top_k, params.top_p, params.min_p or 0, 0, 0, 0, 0]
-
-
-def _words(seed: int) -> tuple[int, int]:
-    """The two halves of a seed as int32 values."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)

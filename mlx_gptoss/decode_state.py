@@ -1,16 +1,22 @@
 """What a decode step leaves for the next one: arrays of a batch, in which each generation has rows.
 
+A generation builds on frozen segments of its own, and merges its rows into them when they are full.
 A batch that stays together passes its arrays on as they are. Where generations come or go, the rows
 of those that stay are joined anew; that copies append segments, which are short, and no cache.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import mlx.core as mx
 
-from mlx_gptoss.cache import Segment
+from mlx_gptoss.cache import FullCache, ModelCache, Segment
+from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.errors import CacheError
+from mlx_gptoss.sampling import SamplingParams
+
+ROWS = 128  # of an append segment: 0.25% of a token's bytes are copied, one merge in 128 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +115,122 @@ def joined(states: Sequence[DecodeState]) -> StepArrays:
         sampling=join([part.sampling for part in parts]),
         append=[(join([k for k, _ in s]), join([v for _, v in s])) for s in segments],
     )
+
+
+class Decoding:
+    """One generation: its newest state, and the frozen segments that it builds on.
+
+    Args: as `Decoder.start`, which makes it; sizes and type are the model's.
+
+    Attributes:
+        state: the newest state; its token is not fed yet.
+        frozen: keys and values of each layer up to the last merge.
+        filtered: some row has a top-k, top-p or min-p.
+    """
+
+    def __init__(
+        self,
+        cache: ModelCache,
+        token: mx.array,
+        *,
+        config: ModelConfig,
+        dtype: mx.Dtype,
+        sampling: Sequence[SamplingParams],
+    ):
+        if cache.start is not None:
+            raise CacheError(
+                f"cache: expected rows without padding, got {list(cache.left_padding)} tokens of "
+                "it; the compiled step takes rows of any length, each with a cache of its own"
+            )
+        self._cache = cache
+        self._previous: DecodeState | None = None
+        count = token.size
+        self.frozen = _frozen(cache)
+        self.filtered = any(map(_filters, sampling))
+        at = cache.offset
+        rows = [[at, at, 0, *_words(params.seed or 0), 0, 0, 0] for params in sampling]
+        shape = (count, config.num_key_value_heads, ROWS, config.head_dim)
+        step = StepArrays(
+            token=token.astype(mx.int32),
+            control=mx.array(rows, dtype=mx.int32),
+            logprob=mx.zeros((count,)),
+            sampling=mx.array([_columns(params) for params in sampling], mx.float32),
+            append=[(mx.zeros(shape, dtype), mx.zeros(shape, dtype)) for _ in config.layer_types],
+        )
+        self.state = DecodeState.of(step, first=0, count=count, slot=0)
+        mx.eval(step.arrays)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the longest frozen segment."""
+        return max(keys.shape[2] for keys, _ in self.frozen)
+
+    def step_to(self, step: StepArrays, first: int) -> None:
+        """Go on to this generation's rows of a step, and keep the state before it."""
+        before = self._previous = self.state
+        self.state = DecodeState.of(step, first=first, count=before.count, slot=before.slot + 1)
+
+    def keep(self) -> None:
+        """The last step counts: it can no longer be dropped."""
+        self._previous = None
+
+    def finish(self) -> None:
+        """Drop the last step unless it was kept, and bring the cache to the state before it.
+
+        The cache then holds every token fed before that state, and not the state's own.
+        """
+        self.state = self._previous or self.state
+        self._merge()
+        self.frozen = []
+
+    def make_room(self) -> None:
+        """Merge if the append segments are full, after everything in flight is done."""
+        if self.state.slot == ROWS:
+            self._merge()
+
+    def stand_alone(self) -> None:
+        """Let go of the arrays of a batch that goes on without this generation."""
+        self.state = self.state.copied()
+        self._previous = self._previous and self._previous.copied()
+
+    def _merge(self) -> None:
+        """Move the append rows into the cache."""
+        slot, count, rows = self.state.slot, self.state.count, self.state.rows
+        mx.synchronize()  # a buffer that a step still reads would be copied instead of reused
+        self.frozen = []
+        if slot:
+            for layer, (keys, values) in zip(self._cache, rows.append, strict=True):
+                layer.extend(keys[:, :, :slot], values[:, :, :slot])
+                mx.eval(layer.arrays)  # one layer at a time: at most one buffer is copied
+        self.frozen = _frozen(self._cache)
+        position, rest = rows.control[:, :1], rows.control[:, 3:]
+        control = mx.concatenate([position, position, mx.zeros_like(position), rest], axis=1)
+        self.state = DecodeState.of(replace(rows, control=control), first=0, count=count, slot=0)
+        mx.eval(control)
+
+
+def _frozen(cache: ModelCache) -> list[Segment]:
+    segments = [a.freeze() if isinstance(a, FullCache) else a.arrays for a in cache]
+    mx.eval(segments)
+    return segments
+
+
+def _filters(params: SamplingParams) -> bool:
+    """Whether a top-k, top-p or min-p can change what is drawn."""
+    return params.temperature > 0 and (
+        params.top_k is not None or params.top_p < 1 or bool(params.min_p)
+    )
+
+
+def _columns(params: SamplingParams) -> list[float]:
+    """A row of `kernels.sample_filtered`'s `sampling`; a greedy row needs no filter."""
+    if not _filters(params):
+        return [params.temperature, 0, 1, 0, 0, 0, 0, 0]
+    top_k = min(params.top_k or 0, 2**22)  # more than any vocabulary, and exact in float32
+    return [params.temperature, top_k, params.top_p, params.min_p or 0, 0, 0, 0, 0]
+
+
+def _words(seed: int) -> tuple[int, int]:
+    """The two halves of a seed as int32 values."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)

@@ -18,7 +18,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gptoss.config import FULL
-from mlx_gptoss.decode import CONTROL, ROWS, Decoder
+from mlx_gptoss.decode import CONTROL, Decoder
+from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.kernels.sampling import SAMPLING
 
 VIEWS = frozenset(

@@ -11,7 +11,8 @@ from typing import Protocol, Self
 import mlx.core as mx
 
 from mlx_gptoss.cache import ModelCache, ModelSnapshot
-from mlx_gptoss.decode import ROWS, Decoder, Decoding
+from mlx_gptoss.decode import Decoder
+from mlx_gptoss.decode_state import ROWS, Decoding
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
 

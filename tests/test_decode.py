@@ -12,7 +12,8 @@ import pytest
 from tiny import TinyShape
 from weights import tiny_model
 
-from mlx_gptoss.decode import ROWS, Decoder
+from mlx_gptoss.decode import Decoder
+from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.model import Model
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
@@ -61,10 +62,10 @@ def start(decoder: Decoder, prompt: mx.array, params: list[SamplingParams]):
     return decoder.start(cache, prompt[:, -1], sampling=params), cache
 
 
-def tokens_of(decoding, count: int) -> list[list[int]]:
+def tokens_of(decoder: Decoder, decoding, count: int) -> list[list[int]]:
     found = []
     for _ in range(count):
-        decoding.advance()
+        decoder.advance([decoding])
         found.append(decoding.state.token.tolist())
     return found
 
@@ -84,7 +85,7 @@ def test_greedy_tokens_across_merges(model: Model, decoder: Decoder, length: int
     prompt, params = prompts(1, length), [SamplingParams(temperature=0, seed=0)]
     decoding, _ = start(decoder, prompt, params)
     count = ROWS + 12
-    assert tokens_of(decoding, count) == model_tokens(model, prompt, count, params)
+    assert tokens_of(decoder, decoding, count) == model_tokens(model, prompt, count, params)
 
 
 def test_compiled_tokens_and_one_trace(model: Model, decoder: Decoder) -> None:
@@ -93,7 +94,7 @@ def test_compiled_tokens_and_one_trace(model: Model, decoder: Decoder) -> None:
     for seed in (0, 1):
         prompt, params = prompts(1, 100) - seed, [SamplingParams(temperature=0, seed=seed)]
         decoding, _ = start(decoder, mx.abs(prompt), params)
-        assert tokens_of(decoding, 20) == model_tokens(model, mx.abs(prompt), 20, params)
+        assert tokens_of(decoder, decoding, 20) == model_tokens(model, mx.abs(prompt), 20, params)
     assert decoder.traces == before + 1
 
 
@@ -106,7 +107,7 @@ def test_rows_of_a_batch_draw_their_own_tokens(model: Model, decoder: Decoder) -
     ]
     prompt = prompts(3, 70)
     decoding, _ = start(decoder, prompt, params)
-    assert tokens_of(decoding, 30) == model_tokens(model, prompt, 30, params)
+    assert tokens_of(decoder, decoding, 30) == model_tokens(model, prompt, 30, params)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -122,7 +123,7 @@ def test_filters_of_every_kind_side_by_side(model: Model, decoder: Decoder) -> N
     ]
     prompt = prompts(6, 33)
     decoding, _ = start(decoder, prompt, params)
-    tokens = tokens_of(decoding, 30)
+    tokens = tokens_of(decoder, decoding, 30)
     assert tokens == model_tokens(model, prompt, 30, params)
     bare = [replace(p, top_k=None, top_p=1, min_p=None) for p in params]
     unfiltered = np.array(tokens_of(start(decoder, prompt, bare)[0], 30))
@@ -134,7 +135,7 @@ def test_filters_of_every_kind_side_by_side(model: Model, decoder: Decoder) -> N
 def test_log_probabilities_are_of_the_allowed_tokens(model: Model, decoder: Decoder) -> None:
     prompt, params = prompts(2, 9), [SamplingParams(temperature=1, seed=s) for s in (4, 5)]
     decoding, _ = start(decoder, prompt, params)
-    decoding.advance()
+    decoder.advance([decoding])
     logits = model(prompt)[:, -1]
     masked = mx.where(mx.arange(VOCAB) % 7 != 3, logits, -mx.inf)
     logprobs = masked - mx.logsumexp(masked, axis=-1, keepdims=True)
@@ -148,8 +149,8 @@ def test_a_step_ahead_can_be_dropped(model: Model, decoder: Decoder) -> None:
     """The cache is brought to the state before the last step, and the next turn goes on from it."""
     prompt, params = prompts(1, 40), [SamplingParams(temperature=0, seed=0)]
     decoding, cache = start(decoder, prompt, params)
-    fed = [int(prompt[0, -1])] + [t[0] for t in tokens_of(decoding, 20)]
-    decoding.advance()
+    fed = [int(prompt[0, -1])] + [t[0] for t in tokens_of(decoder, decoding, 20)]
+    decoder.advance([decoding])
     decoding.finish()
     assert cache.offset == 39 + 20
     after = mx.array([[fed[-1], 7, 8]])

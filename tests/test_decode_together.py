@@ -18,7 +18,8 @@ from weights import tiny_model
 
 from mlx_gptoss import decode
 from mlx_gptoss.cache import ModelCache
-from mlx_gptoss.decode import ROWS, Decoder, Decoding
+from mlx_gptoss.decode import Decoder
+from mlx_gptoss.decode_state import ROWS, Decoding
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.errors import CacheError
 from mlx_gptoss.kernels.registry import KERNELS

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_gptoss import attention, moe
-from mlx_gptoss.decode import ROWS, Decoder
+from mlx_gptoss.decode import Decoder
+from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.demo import demo_model_path, read_compact
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import all_kernels
@@ -83,7 +84,7 @@ def by_kernels(
     with emulate(mode="plain") as session:
         decoding = decoder.start(cache, mx.array(tokens[-1:]), sampling=[params])
         for _ in range(count):
-            decoding.advance()
+            decoder.advance([decoding])
             found.append(int(decoding.state.token))
     return found, [report.kernel for report in session.reports]
 

@@ -9,7 +9,7 @@ import pytest
 from tiny import TinyShape
 from weights import tiny_model
 
-from mlx_gptoss.decode import ROWS
+from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import KernelSet, all_kernels

@@ -62,7 +62,7 @@ def test_the_compiled_step_reads_the_rows_of_its_tokens(folder):
         sampling = [SamplingParams(temperature=t, seed=round(3 + t)) for t in (0, 1, 1.5)]
         decoding = decoder.start(cache, mx.array([3, 4, 638]), sampling=sampling)
         for _ in range(4):
-            decoding.advance()
+            decoder.advance([decoding])
             tokens.append(decoding.state.token.tolist())
     assert tokens[:4] == tokens[4:]
 
