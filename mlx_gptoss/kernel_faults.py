@@ -72,7 +72,7 @@ def decoded(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int],
     decoding = decoder.start(cache, mx.array([prompt[-1]], mx.int32), sampling=[greedy])
     tokens, logprobs = [], []
     for _ in range(count):
-        decoding.advance()
+        decoder.advance([decoding])
         decoding.keep()
         tokens.append(int(decoding.state.token))
         logprobs.append(float(decoding.state.rows.logprob))

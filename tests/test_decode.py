@@ -126,7 +126,7 @@ def test_filters_of_every_kind_side_by_side(model: Model, decoder: Decoder) -> N
     tokens = tokens_of(decoder, decoding, 30)
     assert tokens == model_tokens(model, prompt, 30, params)
     bare = [replace(p, top_k=None, top_p=1, min_p=None) for p in params]
-    unfiltered = np.array(tokens_of(start(decoder, prompt, bare)[0], 30))
+    unfiltered = np.array(tokens_of(decoder, start(decoder, prompt, bare)[0], 30))
     changed = (np.array(tokens) != unfiltered).any(axis=0)
     assert changed.tolist() == [True] * 4 + [False] * 2
 

@@ -204,23 +204,41 @@ def test_emulated_kernels_step_together(model: Model) -> None:
         assert row.tokens == alone(model, place, len(row.tokens))[0], place
 
 
-def test_an_engine_steps_kernels_and_plain_turns_in_one_round(model: Model) -> None:
-    """Turns by kernels, and one that they cannot sample, together as alone."""
+class Following:
+    """A guide that lets an id follow only one of the other parity."""
+
+    def __init__(self) -> None:
+        self._parity = 0
+
+    def allowed(self) -> mx.array:
+        return mx.arange(VOCAB) % 2 == self._parity
+
+    def accept(self, token: int) -> None:
+        assert token % 2 == self._parity, "the mask was another turn's, or of another token"
+        self._parity = 1 - self._parity
+
+
+def test_an_engine_steps_kernels_and_guided_turns_in_one_round(model: Model) -> None:
+    """Kernels with and without filters, and two turns whose guides they do not know."""
     by_kernels = copy(model)
     by_kernels.kernels = KernelSet({stem: k.define for stem, k in KERNELS.items()}, {})
-    samplings = [*SAMPLINGS, SamplingParams(top_k=9, seed=3)]
-    prompts = [np.random.default_rng(9 + n).integers(0, VOCAB, 30 + n).tolist() for n in range(4)]
-    counts = [12, 30, ROWS + 9, 21]
+    samplings = [*SAMPLINGS, SamplingParams(top_k=9, seed=3), *SAMPLINGS[1:]]
+    prompts = [np.random.default_rng(9 + n).integers(0, VOCAB, 30 + n).tolist() for n in range(6)]
+    counts = [12, 30, ROWS + 9, 21, 15, 24]
 
     def generations(engine: Engine) -> list[Any]:
         return [
-            engine.generate(prompt, sampling=sampling, max_tokens=count)
-            for prompt, sampling, count in zip(prompts, samplings, counts, strict=True)
+            engine.generate(
+                prompt, sampling=sampling, max_tokens=count, guide=Following() if at > 3 else None
+            )
+            for at, (prompt, sampling, count) in enumerate(
+                zip(prompts, samplings, counts, strict=True)
+            )
         ]
 
     engine = Engine(by_kernels)
     together = generations(engine)
-    taken: list[list[int]] = [[], [], [], []]
+    taken: list[list[int]] = [[] for _ in together]
     while any(one.finish is None for one in together):
         engine.launch(together)
         for place, one in enumerate(together):
