@@ -58,9 +58,10 @@ class Outbox:
         return item
 
     def cancel(self) -> None:
-        """Stop the turn within one token, or one chunk of its prompt."""
+        """Stop the turn within one token, or one chunk of its prompt, and wake its reader."""
         self.cancelled = True
         self._wake()
+        self.put(GeneratorExit())  # a cancelled turn may have nothing more to say
 
 
 FORKED = (
@@ -72,7 +73,8 @@ FORKED = (
 class Stream(Iterator[Event]):
     """The events of a turn, as they happen; made by `Runtime.stream`.
 
-    Closing it, leaving its `with` block or dropping it cancels the turn.
+    Closing it, leaving its `with` block or dropping it cancels the turn. Any thread may close it,
+    also while another waits for an event: to that one, the events end.
     """
 
     def __init__(self, outbox: Outbox):
@@ -84,6 +86,8 @@ class Stream(Iterator[Event]):
         if self._over:
             raise StopIteration
         item = self._outbox.take(block=True)
+        if self._over:  # closed meanwhile
+            raise StopIteration
         if isinstance(item, Reply | BaseException):
             self._end(item)
             raise StopIteration
@@ -134,6 +138,8 @@ class AsyncStream(AsyncIterator[Event]):
         if self._over:
             raise StopAsyncIteration
         item = await self._take()
+        if self._over:  # closed meanwhile, by another task
+            raise StopAsyncIteration
         if isinstance(item, Reply | BaseException):
             self._over = True
             if isinstance(item, BaseException):

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -64,6 +65,40 @@ def test_closing_a_stream_stops_the_turn() -> None:
         gc.collect()
         wait_until(lambda: not runtime._owner._running)
         assert model.steps < stopped + 100
+
+
+def test_a_stream_may_be_closed_while_another_thread_waits_for_it() -> None:
+    """An app's Stop button closed the stream, and the thread that read it waited for ever."""
+    model = scripted.ScriptedModel(scripted.SCRIPTS["slow"], step_s=0.05)
+    with open_model(model, concurrent=1) as runtime:
+        first = runtime.stream("Count.", sampling=GREEDY)
+        stream = runtime.stream("Me too.", sampling=GREEDY)  # waits for the first: no event comes
+        next(first)
+        reader = threading.Thread(target=lambda: list(stream), daemon=True)
+        reader.start()
+        time.sleep(0.1)
+        stream.close()
+        reader.join(30)
+        assert not reader.is_alive() and next(stream, None) is None
+
+
+def test_a_stream_may_be_closed_while_another_task_waits_for_it() -> None:
+    model = scripted.ScriptedModel(scripted.SCRIPTS["slow"], step_s=0.05)
+
+    async def stop_waiting(runtime: Runtime) -> list[object]:
+        stream = runtime.astream("Me too.", sampling=GREEDY)
+
+        async def read() -> list[object]:
+            return [event async for event in stream]
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.1)
+        await stream.aclose()
+        return await asyncio.wait_for(reader, 30)
+
+    with open_model(model, concurrent=1) as runtime:
+        first = runtime.stream("Count.", sampling=GREEDY)
+        assert next(first) and asyncio.run(stop_waiting(runtime)) == []
 
 
 def test_a_prompt_is_cancelled_between_its_chunks() -> None:
