@@ -28,6 +28,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import scripted
+from running import open_model
 from test_packaging import build_wheel
 from xvfb import Screen, png
 
@@ -36,7 +37,7 @@ from mlx_gptoss.conversation import read_conversation
 from mlx_gptoss.errors import ContextLengthError, ModelNotFoundError
 from mlx_gptoss.harmony import ReasoningEffort, TextDelta, assistant, user
 from mlx_gptoss.harmony.ledger import prepare_prompt
-from mlx_gptoss.turn import Reply, harmony_engine
+from mlx_gptoss.turn import Reply
 from mlx_gptoss.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +58,7 @@ def example_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def model(monkeypatch: pytest.MonkeyPatch) -> scripted.ScriptedModel:
     """What every model name opens in this test."""
     model = scripted.ScriptedModel(scripted.ANSWERED)
-    opened = classmethod(lambda cls, name: Runtime(lambda: harmony_engine(model)))  # type: ignore[arg-type]
-    monkeypatch.setattr(Runtime, "open", opened)
+    monkeypatch.setattr(Runtime, "open", lambda name: open_model(model))
     return model
 
 
@@ -67,7 +67,12 @@ def chat(model: scripted.ScriptedModel) -> Iterator[Any]:
     chat = importlib.import_module("background_chat").BackgroundChat("any")
     yield chat
     chat.close()
-    assert [t.name for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")] == []
+    assert not left_over()
+
+
+def left_over() -> list[str]:
+    """Threads of a chat that is still open."""
+    return [t.name for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")]
 
 
 def until(done: Callable[[], object], *, between: Callable[[], object] = lambda: None) -> None:
@@ -148,6 +153,7 @@ def test_a_new_chat_knows_nothing_of_the_old_one(chat: Any, model: Any) -> None:
     chat.ask("Two and two?", reasoning=LOW)
     events = happened(chat, "Reply")
     assert "".join(texts(events)) == "Four, naïvely: 4."
+    assert "Stopped" not in [type(event).__name__ for event in events]  # that was the old one's
     assert "Count." not in prompt_of(model)
 
 
@@ -166,7 +172,7 @@ def test_closing_ends_a_running_turn_and_may_be_repeated(chat: Any, model: Any) 
     happened(chat, "TextDelta")
     chat.close()
     chat.close()
-    assert not [t for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")]
+    assert not left_over()
 
 
 def test_a_model_that_is_not_there_is_an_event() -> None:
@@ -320,7 +326,7 @@ def test_closing_the_window_ends_everything(window: Window, model: Any) -> None:
     window.until(lambda: "One" in window.shown)
     window.window.close()
     window.window.close = lambda: None  # the fixture's
-    assert not [t for t in threading.enumerate() if t.name in ("chat", "mlx-gptoss")]
+    assert not left_over()
 
 
 @pytest.fixture
@@ -384,6 +390,8 @@ def test_the_menu_bar_stops_and_begins_anew(rumps: Any, chat: Any, model: Any) -
     bar.item["New chat"].click()
     bar.until("A new chat")
     assert bar.item["Read the answer"].callback is None
+    bar.item["Quit"].click()
+    assert not left_over()
 
 
 def test_the_menu_bar_says_what_failed(rumps: Any, chat: Any, model: Any) -> None:
@@ -401,7 +409,7 @@ def test_the_menu_bar_of_a_model_that_is_not_there(
     monkeypatch.setattr(sys, "argv", ["menu_bar", "-m", "no such model"])
     menu_bar = importlib.import_module("menu_bar")
     menu_bar.main()  # the stand-in quits at once
-    assert not [t for t in threading.enumerate() if t.name == "chat"]
+    assert not left_over()
     rumps.timers[-1].fire()
     [(_, status, text)] = rumps.notified
     assert status == "Failed" and text.startswith("no such model: expected demo, 20b")
@@ -484,7 +492,7 @@ def test_what_the_page_links_is_there() -> None:
 class Bundle:
     """A bundled app at work: its process, and the pictures of its transcript until it answered."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str]  # with a pipe, so to be used in a `with` block
     frames: list[bytes]
     answer: str
 
@@ -493,14 +501,15 @@ def bundle(work: Path) -> Path:
     """Build the wheel, and from it the chat window as an app; returns the program."""
     with zipfile.ZipFile(build_wheel(work)) as wheel:
         wheel.extractall(work / "site")  # what pip does with a wheel of Python files
-    folders = ["--distpath", "dist", "--workpath", "work", "--specpath", "."]
+    options = ["--noconfirm", "--log-level", "WARN", "--name", "chat"]
+    options += ["--distpath", "dist", "--workpath", "work", "--specpath", "."]
+    options += ["--exclude-module", "pytest", "--exclude-module", "setuptools"]  # of tests alone
     subprocess.run(
-        [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "WARN", *folders,
-         "--name", "chat", str(EXAMPLES / "chat_window.py")],
+        [sys.executable, "-m", "PyInstaller", *options, str(EXAMPLES / "chat_window.py")],
         cwd=work,
         env=os.environ | {"PYTHONPATH": str(work / "site")},
         check=True,
-    )  # fmt: skip
+    )
     return work / "dist" / "chat" / "chat"
 
 
@@ -531,16 +540,15 @@ def test_the_window_works_as_a_bundled_app(screen: Screen, tmp_path: Path) -> No
     home.mkdir()
     program = bundle(tmp_path)
     running = run_bundle(program, screen, home)
-    try:
-        assert "Paris" in running.answer
-        assert len(running.frames) > 5, "the answer appeared at once, not as it was written"
-        assert [path.name for path in (home / ".cache").iterdir()] == ["mlx-gptoss"]
-    finally:
-        running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(60) == 0
+    with running.process as process:
+        process.send_signal(signal.SIGINT)  # closes the window
+        assert process.wait(60) == 0
+    assert "Paris" in running.answer
+    assert len(running.frames) > 5, "the answer appeared at once, not as it was written"
+    assert [path.name for path in (home / ".cache").iterdir()] == ["mlx-gptoss"]
     carried = {path.name for path in (program.parent / "_internal").iterdir()}
     assert {"mlx", "mlx_gptoss"} <= carried
-    assert not carried & {"mlx_lm", "transformers", "torch", "pytest"}
+    assert not carried & {"mlx_lm", "transformers", "torch"}
 
 
 def take_picture() -> None:
@@ -549,10 +557,10 @@ def take_picture() -> None:
         work = Path(folder)
         with Screen(work) as screen:
             running = run_bundle(bundle(work), screen, work)
-            time.sleep(1)  # the status line
-            (EXAMPLES / "chat_window.png").write_bytes(png(screen.rows()))
-            running.process.send_signal(signal.SIGINT)
-            running.process.wait(60)
+            with running.process as process:
+                time.sleep(1)  # the status line
+                (EXAMPLES / "chat_window.png").write_bytes(png(screen.rows()))
+                process.send_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":
