@@ -174,11 +174,14 @@ def _description(tool: ChatDict, where: str) -> ToolDescription:
     parameters = function.get("parameters")
     if not isinstance(parameters, Mapping | None):
         raise HarmonyError(f"{where}.function.parameters: expected a schema, got {parameters!r}")
+    strict = function.get("strict")
+    if not isinstance(strict, bool | None):
+        raise HarmonyError(f"{where}.function.strict: expected true or false, got {strict!r}")
     return ToolDescription(
         name=function["name"],
         description=function.get("description") or "",
         parameters=parameters,
-        strict=function.get("strict") is True,
+        strict=bool(strict),
     )
 
 

@@ -115,7 +115,7 @@ def test_mistakes_are_told_and_the_chat_goes_on(
         (f"/load {tmp_path}/none", f"Error: {tmp_path}/none: No such file or directory"),
         (f"/load {tmp_path}", f"{tmp_path}: Is a directory"),
         (f"/save {tmp_path}/notes", "notes: exists and is no chat of /save; give another name"),
-        (f"/save {tmp_path}/no/where", "No such file or directory"),
+        (f"/save {tmp_path}/no/where", f"Error: {tmp_path}/no/where: No such file or directory"),
         ("/HELP", "/HELP: no such command; type /help"),
         (f"/tools {tmp_path}/leaves.py", "leaves.py: cannot be run: SystemExit: 3"),
         (f"/tools {tmp_path}/none", f"{tmp_path}/none: expected a Python file with functions"),

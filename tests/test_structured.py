@@ -144,10 +144,14 @@ def test_a_tool_that_is_not_strict_takes_any_object() -> None:
 
 
 def may_write(script: str, *, tools=TOOLS, **options) -> bool:
-    """Whether a guide lets a whole turn pass, token by token."""
+    """Whether the rules let a whole turn pass."""
     rules = read_conversation("Hi", date="2026-01-01", tools=tools, **options).rules
     assert rules is not None
-    guide = Guide(rules)
+    return passes(Guide(rules), script)
+
+
+def passes(guide: Guide, script: str) -> bool:
+    """Whether a guide allows every token of a script in its turn."""
     for token in load_vocabulary().encoding.encode(script, allowed_special="all"):
         if not guide.allowed()[token].item():
             return False
@@ -217,6 +221,8 @@ def test_the_models_own_tools_are_called_as_in_training(call: str) -> None:
         (TOOLS, {"type": "function", "function": {"name": "x"}}, "tool 'x': expected one of"),
         ([{"function": {"name": "x", "parameters": 1}}], "auto",
          "tools[0].function.parameters: expected a schema, got 1"),
+        ([{"function": {"name": "x", "strict": "no"}}], "auto",
+         "tools[0].function.strict: expected true or false, got 'no'"),
     ],
 )  # fmt: skip
 def test_a_choice_that_is_none_is_refused(tools, choice, error: str) -> None:
@@ -246,9 +252,19 @@ def test_spellings_of_control_tokens_in_a_schema_are_text() -> None:
     assert guide.allowed()[Special.RETURN].item()
 
 
-def guide_of(schema, *, name: str = "x", calls=None) -> Guide:
-    answers = ResponseFormat(name=name, schema=schema)
-    return Guide(TurnRules(answers=answers, calls=calls or {}, must_call=False))
+def guide_of(schema) -> Guide:
+    answers = ResponseFormat(name="x", schema=schema)
+    return Guide(TurnRules(answers=answers, calls={}, must_call=False))
+
+
+def test_white_space_is_bounded_and_a_schema_may_forbid_it() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    compact = {**schema, "x-guidance": {"whitespace_pattern": ""}}
+    script = '<|channel|>final<|message|>{{"a":{}null}}<|return|>'
+    assert passes(guide_of(schema), script.format(24 * " "))
+    assert not passes(guide_of(schema), script.format(25 * " "))
+    assert passes(guide_of(compact), script.format(""))
+    assert not passes(guide_of(compact), script.format(" "))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Chats in files: what /save writes and /load reads."""
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,14 +48,15 @@ def write_chat(path: Path, chat: SavedChat) -> None:
         "system": chat.instructions,
         "messages": [asdict(message) for message in chat.messages],
     }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-        try:
-            file.write(json.dumps(state, ensure_ascii=False, indent=1) + "\n")
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(state, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def read_chat(path: Path) -> SavedChat:
