@@ -41,7 +41,10 @@ class Runner(Protocol):
         ...
 
     def next_step(self) -> Counted | None:
-        """What one more decode step after the last run would launch; None if that is hidden."""
+        """What one more decode step after the last run would launch; None if that is hidden.
+
+        The runner then holds nothing of the run.
+        """
         ...
 
 

@@ -330,7 +330,13 @@ def test_the_command(converted, tmp_path, monkeypatch):
     record = json.loads(result.stdout)
     saved = tmp_path / "results" / "m4-pro_48g_model.json"
     assert json.loads(saved.read_text()) == record
-    assert f"saved {saved}" in result.stderr
+    assert result.stderr.endswith(f"saved {saved}\n")
+    monkeypatch.chdir(tmp_path)
+    again = CliRunner().invoke(main, ["bench", str(converted), *few, "--save", "--repeats", "1"])
+    assert again.exit_code == 0
+    assert (tmp_path / "benchmarks" / "results" / saved.name).is_file()
+    assert CliRunner().invoke(main, arguments).stderr.endswith("over the one that was there\n")
+    record = json.loads(saved.read_text())
     assert record["model"]["name"] == "model" and str(converted) not in saved.read_text()
     result = CliRunner().invoke(main, ["bench", "diff", str(saved), str(saved)])
     assert result.exit_code == 0 and result.stdout.count("within the spread") == 6
