@@ -31,6 +31,7 @@ def stand_in_kernels() -> KernelSet:
     """Kernels that compute nothing and make as many arrays, for timing the host's side."""
     outputs = {
         "attention_decode": 2,
+        "expert_groups": 2,
         "route": 2,
         "unembed": 2,
         "norm_qkv_rope": 3,

@@ -26,6 +26,7 @@ from mlx_gptoss.config import FULL
 from mlx_gptoss.decode_state import Decoding, StepArrays, joined
 from mlx_gptoss.decode_weights import Weights, arrays_of, given, weights_of
 from mlx_gptoss.kernels.attention import splits_for
+from mlx_gptoss.kernels.batches import groups_experts
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
@@ -113,16 +114,8 @@ class Decoder:
             ]
             x = k.out_residual(mx.concatenate(mixed), given(attention.out, layer["out"]), x)
             y, logits = k.route(x, layer["moe_norm"], given(moe.router, layer["router"]), eps=eps)
-            h = k.experts_swiglu(
-                y,
-                logits,
-                given(moe.gate, layer["gate"]),
-                given(moe.up, layer["up"]),
-                chosen=c.num_experts_per_tok,
-                alpha=c.swiglu_alpha,
-                limit=c.swiglu_limit,
-            )
-            x = k.experts_down(h, logits, given(moe.down, layer["down"]), x)
+            matrices = [given(getattr(moe, m), layer[m]) for m in ("gate", "up", "down")]
+            x = self._experts(x, y, logits, matrices)
         logits, best = k.unembed(
             x,
             weights["norm"],
@@ -139,6 +132,25 @@ class Decoder:
         else:
             token, logprob, control = k.sample_token(best, logits, control=control)
         return token, control, logprob, appended
+
+    def _experts(
+        self, x: mx.array, y: mx.array, logits: mx.array, matrices: list[Matrix]
+    ) -> mx.array:
+        """The chosen experts of each row, read row by row or once for all rows that share one."""
+        k, c, (gate, up, down) = self.kernels, self.model.config, matrices
+        rest = {
+            "chosen": c.num_experts_per_tok,
+            "alpha": c.swiglu_alpha,
+            "limit": c.swiglu_limit,
+        }
+        if not (k.groups_experts and groups_experts(x.shape[0], c.num_local_experts)):
+            h = k.experts_swiglu(y, logits, gate, up, **rest)
+            return k.experts_down(h, logits, down, x)
+        blocks, choice = k.expert_groups(logits, chosen=c.num_experts_per_tok)
+        h = k.experts_swiglu_grouped(y, blocks, gate, up, **rest)
+        sums = k.experts_down_grouped(h, blocks, choice, down)
+        assert down.bias is not None
+        return k.experts_sum(sums, choice, down.bias, x)
 
     def _attend(
         self,

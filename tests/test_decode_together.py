@@ -187,12 +187,17 @@ def test_padded_rows_are_refused(model: Model) -> None:
 
 
 def test_emulated_kernels_step_together(model: Model) -> None:
-    """Rows at other places of their windows, one of them past it; one leaves."""
-    with emulate(mode="plain"):
+    """Rows at other places of their windows, one of them past it; one leaves.
+
+    Together they read an expert once for the rows that chose it, alone row by row.
+    """
+    with emulate(mode="plain") as session:
         decoder = decoder_of(model, all_kernels())
         rows = [started(decoder, place) for place in range(3)]
         for at in range(5):
             step(decoder, rows if at < 3 else rows[1:])
+        layers = model.config.num_hidden_layers
+        assert sum("experts_down_grouped" in r.kernel for r in session.reports) == 5 * layers
         for place, row in enumerate(rows):
             lone = started(decoder, place)
             for _ in row.tokens:

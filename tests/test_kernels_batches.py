@@ -1,7 +1,9 @@
 """Rows of a batch: each has the bits that it has alone, whoever else is there, and where it is."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,11 +12,13 @@ import pytest
 from test_kernels_sources import PUBLISHED, metal_text
 
 from mlx_gptoss.kernels.agreement import flattened
+from mlx_gptoss.kernels.batches import groups_experts
 from mlx_gptoss.kernels.cases import Arguments, Dense, Inputs, Sizes
 from mlx_gptoss.kernels.matrix import row_blocks
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate, ptx
 
+ROOT = Path(__file__).resolve().parent.parent
 OF_A_ROW = ("x", "control", "append", "residual", "logits", "temperature", "h")
 SIZES = replace(Sizes(), capacity=320, base=310, vocab=192, slot=0, rows=1)
 
@@ -55,6 +59,17 @@ def test_a_row_has_the_same_bits_in_any_company(stem: str, dtype: mx.Dtype, dens
         for b, wanted in zip((3, 12), alone, strict=True):
             for got, want in zip(together, wanted, strict=True):
                 np.testing.assert_array_equal(got[company.index(b)], want[0])
+
+
+def test_experts_are_grouped_where_the_card_says() -> None:
+    """Between our two forms: see batches.py for MLX's."""
+    cards = json.loads((ROOT / "benchmarks" / "results" / "batch_card.json").read_text())
+    for model, experts in (("20b", 32), ("120b", 128)):
+        for card in cards:
+            rows = [r for r in card["rows"] if (r["model"], r["operation"]) == (model, "experts")]
+            assert [r["rows"] for r in rows] == [1, 2, 4, 8, 16, 32]
+            for row in rows:
+                assert groups_experts(row["rows"], experts) == (row["path"] != "rows")
 
 
 def logits(kind: str, count: int) -> mx.array:

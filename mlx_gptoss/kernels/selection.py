@@ -22,6 +22,7 @@ from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.errors import KernelError
 from mlx_gptoss.kernels.agreement import agrees
 from mlx_gptoss.kernels.cases import Dense, Sizes
+from mlx_gptoss.kernels.grouped import GROUPED
 from mlx_gptoss.kernels.launch import source_text
 from mlx_gptoss.kernels.registry import KERNELS, Kernel
 
@@ -48,6 +49,11 @@ class KernelSet:
     def used(self) -> tuple[str, ...]:
         """Stems that run their kernel."""
         return tuple(stem for stem in self.functions if stem not in self.fallbacks)
+
+    @property
+    def groups_experts(self) -> bool:
+        """Whether the kernels of experts in groups all run: as definitions they gain nothing."""
+        return not any(stem in self.fallbacks for stem in GROUPED)
 
     def __getattr__(self, stem: str) -> Callable[..., Any]:
         try:
