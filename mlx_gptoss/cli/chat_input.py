@@ -106,12 +106,15 @@ def _set_keys(commands: list[str]) -> None:
     """Let Tab complete commands, elsewhere it stays a character; take what is pasted as a whole."""
     import readline
 
+    found: list[str] = []
+
     def candidate(word: str, number: int) -> str | None:
         line = readline.get_line_buffer()[: readline.get_endidx()]
         if not line.startswith("/"):
             readline.insert_text("\t")
             return None
-        found = completions(line, commands=commands)
+        if number == 0:  # asked for one by one, and a folder may hold many
+            found[:] = completions(line, commands=commands)
         return found[number][len(line) - len(word) :] if number < len(found) else None
 
     readline.set_completer(candidate)
