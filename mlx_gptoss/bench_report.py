@@ -65,7 +65,8 @@ def as_html(records: Sequence[Record]) -> str:
     body = [
         "<h1>gpt-oss on Apple silicon: measured, possible, predicted</h1>",
         f"<p>{count}. <b>Limit</b>: of decoding, the bytes that a token must read, over the chip's "
-        "bandwidth; of a prompt, its arithmetic over the chip's peak. <b>Prediction</b>: a model "
+        "bandwidth; of a prompt, its arithmetic over the chip's peak, which of M5 is a projection. "
+        "<b>Prediction</b>: a model "
         "fitted to speeds that others published for other programs; nobody has measured it. "
         "Depth is the number of tokens before the one that is decoded; dense weights are bf16.</p>",
         _legend(),
