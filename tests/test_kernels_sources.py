@@ -119,17 +119,21 @@ def test_arrays_stay_in_registers(
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
-@pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
-def test_instructions_of_a_block(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stem", "most"),
+    [("experts_swiglu", 180), ("experts_down", 180), ("experts_down_grouped", 210)],
+)
+def test_instructions_of_a_block(stem: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the bandwidth of an M1 Max a lane has 225 instructions for a block of 32 codes.
 
-    Both kernels are written out for 16 blocks a lane; prologue and choice of experts are counted
-    with them. The instructions are PTX's, not Apple's.
+    The kernels are written out for 16 blocks a lane; prologue and choice of experts are counted
+    with them. The grouped one multiplies each block by two vectors. The instructions are PTX's, not
+    Apple's: 32 of a block widen its halves, which Apple's multiply-add is said to do by itself.
     """
     name, text = metal_text(stem, PUBLISHED, "bfloat16", "plain", monkeypatch)
     code = ptx.build(text, name).text.split(".visible .entry")[0]
     instructions = re.findall(r"^\s+(?:@!?%p\d+\s+)?[a-z][\w.]*[ ;]", code, re.M)
-    assert 88 <= len(instructions) / 16 <= 180  # 88: the decoding and the products alone
+    assert 88 <= len(instructions) / 16 <= most  # 88: the decoding and the products alone
 
 
 def change(stem: str, **changes: Any) -> None:
