@@ -79,7 +79,7 @@ class ChatWindow:
         self._button.pack(side="right", padx=(8, 0), pady=(0, 6))
         self._entry = ttk.Entry(foot, textvariable=self._question)
         self._entry.pack(side="left", fill="x", expand=True, pady=(0, 6))
-        self._entry.bind("<Return>", lambda _: self._button.invoke())
+        self._entry.bind("<Return>", lambda _: self._ask())
         self._entry.focus()
         self._root.bind("<Escape>", lambda _: self._chat.stop())
 
