@@ -135,7 +135,7 @@ METAL_FUNC void dot(thread const typename F::Load* row, thread const Vectors<R, 
 }
 
 // Products of 16 rows with each vector over this simdgroup's columns, to out[vector * stride + 0..15]: rows
-// row..row+7 and row+HIGH..row+HIGH+7, 4 in flight. `sum16` adds 16 rows of one vector, or 8 rows of two.
+// row..row+7 and row+HIGH..row+HIGH+7, 4 in flight (2 for two vectors). `sum16` adds 16 rows of one vector, or 8 rows of two.
 template <int HIGH, int R, typename F>
 METAL_FUNC void dot16(
     thread const F& weight, uint row, uint at, uint lane, thread const Vectors<R, F>& x, threadgroup float* out, uint stride) {

@@ -10,14 +10,12 @@ from mlx_gptoss.matrix import Matrix
 
 AFFINE_GROUP = 64
 MXFP4_BLOCK = 32
+MOST_SIMDGROUPS = 12  # of a threadgroup: with 128 registers a thread they fill a core's 208 KB
 
 
 def simdgroups(columns: int) -> int:
     """Simdgroups that share the columns of a row, 32 columns a lane (`Split` in matvec.h)."""
     return -(-(columns // 32) // 32)
-
-
-MOST_SIMDGROUPS = 12  # of a threadgroup: with 128 registers a thread they fill a core's 208 KB
 
 
 @dataclass(frozen=True)
