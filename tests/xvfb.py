@@ -4,11 +4,14 @@ Xvfb writes its picture into a file, an X window dump, so that no client is need
 """
 
 import os
+import shutil
 import struct
 import subprocess
 import zlib
 from pathlib import Path
 from types import TracebackType
+
+import pytest
 
 SIZE = "640x480"  # of the screen: the chat window fills it
 
@@ -63,6 +66,14 @@ class Screen:
             row[0::3], row[1::3], row[2::3] = pixels[2::4], pixels[1::4], pixels[0::4]
             rows.append(bytes(row))
         return rows
+
+
+def screen_or_skip(folder: Path) -> Screen:
+    """A screen, where windows can be shown on one."""
+    pytest.importorskip("tkinter", reason="this Python has no Tk")
+    if not shutil.which("Xvfb"):
+        pytest.skip("Xvfb is not installed: no screen to show windows on")
+    return Screen(folder)
 
 
 def png(rows: list[bytes]) -> bytes:
