@@ -1,5 +1,6 @@
 """The chat: commands, several lines, stopping, saving, a pipe and a real terminal."""
 
+import contextlib
 import json
 import os
 import pty
@@ -243,9 +244,17 @@ class Terminal:
         os.close(child)
         self.shown, self._seen = "", 0
 
-    def until(self, text: str) -> str:
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C until a text: Python's readline sleeps through one just before it waits."""
+        before = self._seen
+        while text not in self.shown[before:]:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                self.until(text, within_s=5)
+
+    def until(self, text: str, *, within_s: float = 120) -> str:
         """Wait for a text after the last one waited for; returns what is shown up to it."""
-        end, before = time.monotonic() + 120, self._seen
+        end, before = time.monotonic() + within_s, self._seen
         while text not in self.shown[before:]:
             assert time.monotonic() < end, self.shown
             if select.select([self._parent], [], [], 1)[0]:
@@ -278,8 +287,7 @@ def test_a_terminal_keeps_its_history_and_ctrl_c_stops_the_answer_alone(tmp_path
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("(stopped)")
     terminal.until("> ")
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.until("(type /quit or Ctrl-D to leave)")
+    terminal.interrupt("(type /quit or Ctrl-D to leave)")
     terminal.until("> ")
     (tmp_path / "a folder").mkdir()
     terminal.type(f"/sa\t{tmp_path}/a\tchat\n")
