@@ -23,7 +23,7 @@ from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.fitting import Verdict, judge
 from mlx_gptoss.library import kernel_record, model_store
 from mlx_gptoss.machine import Machine
-from mlx_gptoss.plan import MemoryPlan, dense_quantization
+from mlx_gptoss.plan import MOST_SAVED, ON_CPU, ON_METAL, MemoryPlan, dense_quantization
 
 OLDEST_MACOS = (14, 0)  # MLX publishes no Metal build for older ones
 MATRIX_UNITS_MACOS = (26, 2)
@@ -193,7 +193,11 @@ def _memory(machine: Machine) -> Iterator[Finding]:
     by_hand = ", raised by hand" if machine.wired_limit_bytes else ""
     value = f"the GPU may use {limit / 1e9:.1f} GB{by_hand}" if mac else f"{limit / 1e9:.1f} GB"
     wanted = MemoryPlan(
-        config=GPT_OSS_20B, packing=dense_quantization(GPT_OSS_20B, "bf16"), context=8192
+        config=GPT_OSS_20B,
+        packing=dense_quantization(GPT_OSS_20B, "bf16"),
+        context=8192,
+        snapshots=MOST_SAVED,
+        scratch=ON_METAL if mac else ON_CPU,
     )
     judged = judge(wanted, limit_bytes=limit, memory_bytes=machine.memory_bytes if mac else None)
     if judged.verdict is Verdict.FITS:
@@ -217,7 +221,8 @@ def _power(machine: Machine) -> Iterator[Finding]:
     if machine.thermal_pressure not in (None, "nominal"):
         slow.append("the machine is hot: let it cool before measuring")
     if machine.power_source or slow:
-        value = f"{machine.power_source or 'source unknown'}, heat {machine.thermal_pressure}"
+        heat = machine.thermal_pressure or "unknown"
+        value = f"{machine.power_source or 'source unknown'}, heat {heat}"
         status = Status.NOTE if slow else Status.OK
         yield Finding(name="power", value=value, status=status, advice="; ".join(slow) or None)
 

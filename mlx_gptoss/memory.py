@@ -13,8 +13,7 @@ import mlx.core as mx
 from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.machine import read_machine
-from mlx_gptoss.plan import MIN_CONTEXT, ON_CPU, ON_METAL, MemoryPlan, max_context
-from mlx_gptoss.prefix_cache import MOST_SAVED
+from mlx_gptoss.plan import MIN_CONTEXT, MOST_SAVED, ON_CPU, ON_METAL, MemoryPlan, max_context
 from mlx_gptoss.table import EmbeddingPlace
 
 GIB = 2**30

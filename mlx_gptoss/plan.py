@@ -16,12 +16,13 @@ from mlx_gptoss.attention import QUERY_BLOCK
 from mlx_gptoss.cache import GROWTH, RECENT
 from mlx_gptoss.checkpoint import Quantization, converted_quantization, expected_tensors
 from mlx_gptoss.config import FULL, ModelConfig
-from mlx_gptoss.engine import PREFILL_CHUNK
+from mlx_gptoss.engine import MOST_AT_ONCE, PREFILL_CHUNK
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.model_info import PARTS, part_of
 from mlx_gptoss.table import PLACES, EmbeddingPlace
 
 DENSE_FORMATS = ("bf16", "q8", "q4")  # of the converter, most exact first
+MOST_SAVED = 8  # places to go back to, of one conversation; the instructions and the newest
 MIN_CONTEXT = 1024  # less is no conversation: the system message alone takes about 100
 BF16 = 2  # bytes
 F32 = 4
@@ -96,9 +97,9 @@ class MemoryPlan:
         config: of the model.
         packing: of its weights.
         context: tokens of each row.
-        batch: rows.
+        batch: rows; their prompts are read one after the other.
         chunk: prompt tokens fed at once.
-        snapshots: places that a conversation can go back to.
+        snapshots: places that each can go back to; `MOST_SAVED` in a conversation.
         embedding: where the table is, as `load_model` takes it.
         scratch: of the device.
     """
@@ -116,7 +117,7 @@ class MemoryPlan:
         most = self.config.max_position_embeddings
         for name, value, low, high in (
             ("context", self.context, 1, most),
-            ("batch", self.batch, 1, 1024),
+            ("batch", self.batch, 1, MOST_AT_ONCE),
             ("chunk", self.chunk, 1, most),
             ("snapshots", self.snapshots, 0, 2**20),
         ):
@@ -166,14 +167,18 @@ class MemoryPlan:
 
     @property
     def prefill_bytes(self) -> int:
-        """Scratch of the last chunk: its largest block, and a store's growth."""
-        c, tokens = self.config, self.batch * min(self.chunk, self.context)
+        """Scratch of a row's last chunk, and of the others' tokens.
+
+        The chunk takes its largest block, and its store may grow.
+        """
+        c, tokens = self.config, min(self.chunk, self.context)
         pairs, held = tokens * c.num_experts_per_tok, self.scratch
         experts = pairs * (held.hidden * c.hidden_size + held.inter * c.intermediate_size)
         window = held.window * tokens * 2 * c.sliding_window * F32 * c.num_attention_heads
         stream = STREAM_BYTES_PER_HIDDEN * tokens * c.hidden_size
-        growth = self.batch * self.row_bytes * capacity(self.context, self.chunk)
-        return int(max(experts, window, self._full_score_bytes)) + stream + growth
+        growth = self.row_bytes * capacity(self.context, self.chunk)
+        others = self.decode_bytes // self.batch * (self.batch - 1)
+        return int(max(experts, window, self._full_score_bytes)) + stream + growth + others
 
     @property
     def _full_score_bytes(self) -> float:
@@ -181,8 +186,7 @@ class MemoryPlan:
         tokens = min(self.chunk, self.context)
         ends = range(self.context - tokens + QUERY_BLOCK, self.context + 1, QUERY_BLOCK)
         keys = min(self.scratch.full * sum(ends), self.scratch.full_most * self.context)
-        queries = self.batch * min(QUERY_BLOCK, tokens)
-        return keys * queries * self.config.num_attention_heads * F32
+        return keys * min(QUERY_BLOCK, tokens) * self.config.num_attention_heads * F32
 
     @property
     def decode_bytes(self) -> int:

@@ -31,8 +31,8 @@ from mlx_gptoss.cache import (
 from mlx_gptoss.cache_files import Content
 from mlx_gptoss.cache_folder import CacheFolder, Saved
 from mlx_gptoss.harmony.ledger import PrefixStore, Prompt, TokenLedger
+from mlx_gptoss.plan import MOST_SAVED
 
-MOST_SAVED = 8  # places to go back to, of one conversation; the instructions and the newest
 SHARED_PART = 4  # one in so many bytes of the budget is for shared beginnings
 
 

@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(converted):
     request = {"machine": tight, "depths": [8, 9000], "batches": [2], "answer": 3, "repeats": 1}
     with pytest.raises(MachineError, match=r"depth 9000 in batches of 2 needs 0\.\d GB, this mach"):
         benchmark.bench("x", converted, **request)
-    with pytest.raises(MachineError, match="batch: expected 1 to 16 rows, got 17"):
+    with pytest.raises(MachineError, match="batch: expected 1 to 16, got 17"):
         benchmark.bench("x", converted, **request | {"batches": [17]})
     with pytest.raises(MachineError, match="context: expected 1 to 131072, got 131073"):
         benchmark.bench("x", converted, **request | {"depths": [131070]})

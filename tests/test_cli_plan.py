@@ -32,7 +32,7 @@ def test_one_that_is_not():
 
 def test_the_embedding_in_its_file():
     """20b in q4 fits a Mac with 16 GB as macOS sets it up, if the table stays on disk."""
-    asked = ("20b", "--memory", "16", "--dense", "q4", "--context", "5000")
+    asked = ("20b", "--memory", "16", "--dense", "q4", "--context", "4500")
     kept, left = plan(*asked), plan(*asked, "--embedding", "file")
     assert (kept.exit_code, left.exit_code) == (1, 0)
     assert "  --embedding file  (peak" in kept.output
@@ -40,8 +40,8 @@ def test_the_embedding_in_its_file():
     facts = json.loads(plan(*asked, "--embedding", "file", "--json").output)
     parts = facts["weights_bytes"]
     assert facts["resident_bytes"] == sum(parts.values()) - parts["embedding"]
-    assert list(facts["kv_bytes_by_context"]) == ["4096", "5000", "32768", "131072"]
-    assert facts["kv_bytes_by_context"]["5000"] == facts["kv_bytes"]
+    assert list(facts["kv_bytes_by_context"]) == ["4096", "4500", "32768", "131072"]
+    assert facts["kv_bytes_by_context"]["4500"] == facts["kv_bytes"]
 
 
 def test_every_memory_size_of_a_chip_as_json():
@@ -66,6 +66,33 @@ def test_a_folder_on_this_machine_as_it_was_converted(tmp_path):
     assert facts["weights_bytes"]["embedding"] == dense["weights_bytes"]["embedding"] * 8.5 / 16
     assert facts["machines"][0]["verdict"] == "fits"
     assert facts["context"] == 8192
+
+
+def test_a_published_model_as_it_was_converted(tmp_path, isolated_home):
+    """It was planned in bf16 whatever the store held."""
+    store = isolated_home / ".cache" / "mlx-gptoss"
+    store.mkdir(parents=True)
+    source = write_checkpoint(tmp_path / "source", layers=2)
+    convert_checkpoint(source, store / "gpt-oss-20b", dense="q8")
+    found = [
+        json.loads(plan(name, "--json").output) for name in ("20b", str(store / "gpt-oss-20b"))
+    ]
+    assert found[0]["weights_bytes"] == found[1]["weights_bytes"]
+    asked = json.loads(plan("20b", "--dense", "bf16", "--json").output)
+    assert asked["weights_bytes"]["embedding"] == 201088 * 2880 * 2
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_the_runtime_admits_what_the_plan_allows(tmp_path, batch):
+    """Saved points were left out of the plan, and all prompts of a batch read at once."""
+    source = write_checkpoint(tmp_path / "source", layers=3)
+    convert_checkpoint(source, tmp_path / "model")
+    asked = ("--context", "1500", "--batch", str(batch), "--json")
+    facts = json.loads(plan(str(tmp_path / "model"), *asked).output)
+    limit = 2 * facts["total_bytes"]
+    admission = memory.memory_of(tmp_path / "model", limit_bytes=limit)
+    assert admission is not None
+    assert admission.free_bytes([1500] * batch) == limit - facts["total_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -94,9 +121,12 @@ def test_generate_refuses_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "read_machine", lambda: here)
     asked = ["generate", "-m", "demo", "Hi " * 3000, "--max-tokens", "1"]
     result = CliRunner().invoke(main, asked)
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    assert "prompt tokens with max_tokens=1 need 0.1" in result.stderr
-    assert "this machine lets 0.12 GiB be used, enough for" in result.stderr
+    unpacking, error = result.stderr.splitlines()
+    assert result.exit_code == 1 and unpacking.startswith("Unpacking the demo")
+    assert (
+        error.startswith("Error: memory: ") and "prompt tokens with max_tokens=1 need 0.1" in error
+    )
+    assert "this machine lets 0.12 GiB be used, enough for" in error
     tight = dataclasses.replace(here, working_set_bytes=100_000_000)
     monkeypatch.setattr(memory, "read_machine", lambda: tight)
     refused = CliRunner().invoke(main, ["generate", "-m", "demo", "Hi", "--max-tokens", "1"])

@@ -189,7 +189,7 @@ def test_where_the_limit_cannot_be_raised():
     [
         ({"context": 0}, "context: expected 1 to 131072, got 0"),
         ({"context": 131073}, "context: expected 1 to 131072, got 131073"),
-        ({"batch": 0}, "batch: expected 1 to 1024, got 0"),
+        ({"batch": 0}, "batch: expected 1 to 16, got 0"),
         ({"chunk": 0}, "chunk: expected 1 to 131072, got 0"),
         ({"snapshots": -1}, "snapshots: expected 0 to 1048576, got -1"),
     ],

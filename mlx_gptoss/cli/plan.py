@@ -67,7 +67,7 @@ def plan(
     20b and 120b need no files: their sizes are known. Exit 1 if it fits nowhere that was asked for.
     """
     from mlx_gptoss.fitting import Verdict, judge
-    from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan
+    from mlx_gptoss.plan import MOST_SAVED, ON_CPU, ON_METAL, MemoryPlan
 
     config, packing = _sizes(model, dense)
     machines = _machines(memory, chip)
@@ -76,6 +76,7 @@ def plan(
         packing=packing,
         context=context or min(DEFAULT_CONTEXT, config.max_position_embeddings),
         batch=batch,
+        snapshots=MOST_SAVED,
         embedding=embedding,
         scratch=ON_METAL if all(mac for _, _, _, mac in machines) else ON_CPU,
     )
@@ -89,13 +90,15 @@ def plan(
 
 
 def _sizes(model: str, dense: str | None) -> tuple[Any, Any]:
-    """Config and packing: of a converted folder what it holds, else what converting would give."""
+    """Config and packing: of a converted model what it holds, else what converting would give."""
     from mlx_gptoss.checkpoint import open_checkpoint
     from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
-    from mlx_gptoss.library import find_model, published_name
+    from mlx_gptoss.library import converted_folder, find_model, published_name
+    from mlx_gptoss.manifest import MANIFEST
     from mlx_gptoss.plan import dense_quantization
 
-    if short := published_name(model):
+    short = published_name(model)
+    if short and (dense or not (converted_folder(short) / MANIFEST).is_file()):
         config = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B}[short]
         return config, dense_quantization(config, dense or "bf16")
     checkpoint = open_checkpoint(find_model(model))
@@ -160,6 +163,7 @@ def _json(model: str, wanted: "MemoryPlan", judged: "list[tuple[str, Judgement]]
             "kv_bytes": wanted.kv_bytes,
             "kv_bytes_per_token": wanted.kv_bytes_per_token,
             "kv_bytes_by_context": _kv_by_context(wanted),
+            "snapshots": wanted.snapshots,
             "snapshot_bytes": wanted.snapshot_bytes,
             "prefill_bytes": wanted.prefill_bytes,
             "decode_bytes": wanted.decode_bytes,
@@ -198,8 +202,10 @@ def _text(model: str, wanted: "MemoryPlan", judged: "list[tuple[str, Judgement]]
         f"{model}: context {wanted.context}, batch {wanted.batch}",
         f"weights  {size(wanted.resident_bytes):>9}  {parts}",
         f"K,V      {size(wanted.kv_bytes):>9}  {size(wanted.kv_bytes_per_token)} a token, and "
-        f"{size(wanted.snapshot_bytes)} of windows, which is also the price of a saved point",
+        f"{size(wanted.snapshot_bytes)} of windows",
         f"{'':19}by context: {kv}",
+        f"saved    {size(wanted.snapshots * wanted.snapshot_bytes):>9}  "
+        f"{wanted.snapshots} points that a conversation can go back to",
         f"scratch  {size(scratch):>9}  estimate, for prompt chunks of {wanted.chunk} tokens",
         f"peak     {size(wanted.total_bytes):>9}",
     ]
