@@ -213,6 +213,8 @@ def test_tools_of_a_file_are_called(answering: scripted.ScriptedModel, tmp_path:
     assert result.stderr.startswith("Tools: look.\n")
     told = load_vocabulary().decode(answering.prompt)
     assert "// See.\ntype look" in told and told.count("<|message|>blue<|end|>") == 7
+    warning = "Warning: 8 replies called tools, and none answered; ask again.\n"
+    assert result.stderr.endswith(warning)
     again = chat(f"/tools {tmp_path}/sky.py\nSky?\n")
     assert 'look({"place": "Rome"}) = blue' in again.stderr
 

@@ -82,6 +82,7 @@ class Session:
                 if reply.finish_reason is not FinishReason.TOOL_CALLS:
                     return
                 self._messages += [self._answer(made) for made in reply.tool_calls]
+            note(f"Warning: {MOST_ROUNDS} replies called tools, and none answered; ask again.")
         except BaseException:
             if self._messages[-1].channel != "final":
                 del self._messages[before:]
