@@ -50,6 +50,8 @@ def turn_rules(
             return None
         return TurnRules(answers=answers, calls=calls, must_call=False)
     if tool_choice == "none":
+        if answers is None and not calls:
+            return None
         return TurnRules(answers=answers, calls={}, must_call=False)
     if tool_choice != "required":
         recipient = toolbox.recipient(_named(tool_choice))

@@ -187,7 +187,8 @@ def test_tool_choice_and_schema_decide_how_a_turn_ends(options: dict, passing: s
 
 def test_a_turn_that_asks_for_nothing_is_not_guided() -> None:
     free = [TOOLS[1]]
-    for options in ({}, {"tools": free}, {"tools": free, "tool_choice": "auto"}):
+    auto, none = {"tool_choice": "auto"}, {"tool_choice": "none"}
+    for options in ({}, {"tools": free}, {"tools": free, **auto}, none):
         assert read_conversation("Hi", date="2026-01-01", **options).rules is None
 
 
