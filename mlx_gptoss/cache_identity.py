@@ -7,7 +7,6 @@ sources, so that a change of either never meets numbers of before.
 
 import hashlib
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,7 +29,7 @@ def identity_of(folder: Path, model: Model) -> str:
     """
     digest = hashlib.sha256()
     device = mx.device_info() if mx.metal.is_available() else {}
-    parts = [str(FORMAT), __version__, version("mlx"), platform.platform(), platform.machine()]
+    parts = [str(FORMAT), __version__, mx.__version__, platform.platform(), platform.machine()]
     parts += [str(device), str(model.dtype)]
     parts += [source_text(stem) for stem in model.kernels.used]
     for part in parts:

@@ -80,6 +80,13 @@ def test_the_py2app_recipe_names_what_is_there(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+def test_a_bundle_opens_models_without_metadata_of_packages() -> None:
+    """py2app carries none: asked for MLX's version, it failed on every Mac with Metal."""
+    sources = [*(ROOT / "mlx_gptoss").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
+    asking = {path.name for path in sources if "importlib.metadata" in path.read_text()}
+    assert asking == {"bench.py", "doctor.py"}, "which no app imports"
+
+
 def test_the_first_run_of_the_page_calls_us_rightly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

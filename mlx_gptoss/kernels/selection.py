@@ -12,7 +12,6 @@ import logging
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,7 +170,7 @@ def disagreement(kernel: Kernel, sizes: Sizes, *, dtype: mx.Dtype, dense: Dense)
 
 def _fingerprint(sizes: Sizes, dtype: mx.Dtype, dense: Dense) -> str:
     device = mx.device_info() if mx.metal.is_available() else {}
-    parts = [platform.platform(), platform.machine(), str(device), version("mlx")]
+    parts = [platform.platform(), platform.machine(), str(device), mx.__version__]
     parts += [str(sizes), str(dtype), dense, *(source_text(stem) for stem in KERNELS)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
