@@ -232,15 +232,14 @@ class Owner:
         """Start waiting tasks in their order, as far as there is room."""
         while self._waiting and len(self._running) < self._concurrent:
             task = self._waiting[0]
-            if not task.outbox.cancelled and not self._has_room(task):
-                return
-            self._waiting.popleft()
-            if task.outbox.cancelled:
-                continue
             try:
-                self._running.append(_Running(task, engine, self._prefixes))
+                if not task.outbox.cancelled and not self._has_room(task):
+                    return
+                if not task.outbox.cancelled:
+                    self._running.append(_Running(task, engine, self._prefixes))
             except Exception as error:
                 task.outbox.put(error)
+            self._waiting.popleft()
 
     def _has_room(self, task: Task) -> bool:
         """Whether a task fits beside the running ones; idle conversations make room for it."""

@@ -155,10 +155,15 @@ class Runtime:
             tools: What the model may call; the calls of one with `strict` follow its schema.
             tool_choice: "auto", "none", "required" or, as OpenAI writes it, a tool to be called.
             response_format: A schema that the answer then follows.
-            max_tokens: Most tokens to write; None: as many as context and memory hold.
+            max_tokens: Most tokens to write; None: as many as context and memory hold, all of which
+                is reserved: where that is all the memory, other turns wait.
             sampling: How to choose tokens; default: temperature 1, nothing filtered.
             on_prefill: Called after each chunk of the prompt with the tokens read and to read, in
                 the model's thread: it must be quick, and what it raises ends the turn.
+
+        A turn whose events nobody reads stands still after some, and keeps its place among those at
+        once. Messages are read and schemas compiled before this returns, in `astream` and
+        `arespond` too; the first schema of a process takes a second or more.
 
         Strict tools, another choice than "auto" and a response format need the extra `structured`.
         An answer that `max_tokens` cuts (`FinishReason.LENGTH`) is the beginning of one that
@@ -172,6 +177,7 @@ class Runtime:
             MachineError: The turn does not fit the memory.
             RuntimeClosedError: The runtime is closed, or was opened before a fork.
             SchemaError: The turn cannot be held to a schema.
+            ValueError: `max_tokens` is below 1.
         """
         return Stream(
             self._submit(
@@ -337,6 +343,8 @@ class Runtime:
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Outbox:
         self._owner.check()
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a whole number >= 1 or None, got {max_tokens}")
         conversation = read_conversation(
             messages,
             date=date.today().isoformat(),
@@ -350,7 +358,8 @@ class Runtime:
         context = len(prompt.tokens)
         if self._admission is not None:
             context = self._admission.grant(context, max_tokens)
-            max_tokens = max_tokens or max(context - len(prompt.tokens), 1)
+            if max_tokens is None:
+                max_tokens = max(context - len(prompt.tokens), 1)
         guide = None if conversation.rules is None else Guide(conversation.rules)
         outbox = Outbox(self._owner.wake)
         self._owner.submit(
