@@ -70,8 +70,13 @@ class Memory:
     def free_bytes(self, contexts: list[int]) -> int:
         """What is left beside turns that reserved these contexts; negative if they do not fit."""
         plans = [replace(self._plan, context=context) for context in contexts]
-        turns = sum(p.kv_bytes + p.snapshots * p.snapshot_bytes for p in plans)
+        turns = sum(self.turn_bytes(context) for context in contexts)
         return self.limit_bytes - self._weights_bytes - _scratch_bytes(plans) - turns
+
+    def turn_bytes(self, context: int) -> int:
+        """What is reserved for a turn's cache, and for the places it can go back to."""
+        plan = replace(self._plan, context=context)
+        return plan.kv_bytes + plan.snapshots * plan.snapshot_bytes
 
 
 def _scratch_bytes(plans: Sequence[MemoryPlan]) -> int:

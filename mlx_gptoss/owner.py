@@ -249,7 +249,11 @@ class Owner:
         free = self._memory.free_bytes([*contexts, task.context])
         if free < 0 and contexts:
             return False
-        self._prefixes.shrink(max(free, 0))
+        self._prefixes.make_room(
+            task.prompt.tokens,
+            turn_bytes=self._memory.turn_bytes(task.context),
+            budget_bytes=max(free, 0),
+        )
         return True
 
     def _go_round(self, engine: Engine) -> None:

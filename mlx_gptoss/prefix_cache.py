@@ -30,7 +30,7 @@ from mlx_gptoss.cache import (
 )
 from mlx_gptoss.cache_files import Content
 from mlx_gptoss.cache_folder import CacheFolder, Saved
-from mlx_gptoss.harmony.ledger import PrefixStore, Prompt, TokenLedger
+from mlx_gptoss.harmony.ledger import PrefixStore, Prompt, Start, TokenLedger
 from mlx_gptoss.plan import MOST_SAVED
 
 SHARED_PART = 4  # one in so many bytes of the budget is for shared beginnings
@@ -141,18 +141,17 @@ class PrefixCache:
             The slot, the caller's until `give_back`.
         """
         tokens = prompt.tokens
-        starts = [(slot.ledger.best_start(tokens), slot) for slot in self._idle]
-        start, slot = max(starts, key=lambda s: s[0].length, default=(None, None))
-        shared = self._shared.best_start(tokens)
+        shared, idle = self._shared.best_start(tokens), self._best_idle(tokens)
         # On a tie the copy: a slot that has only the instructions in common is another's.
-        had = start.length if start is not None else 0
+        had = idle[1].length if idle else 0
         had = max(shared.length, had if had > head else had - 1)
         if loaded := self._load(tokens, more_than=had):
             slot = loaded
             if slot.cache.offset == head:
                 slot.ledger.save(Rings.of(slot.cache))
                 self.share(slot)
-        elif slot is not None and start is not None and start.length > shared.length:
+        elif idle:
+            slot, start = idle
             self._idle.remove(slot)
             slot.go_to(start.length, start.state)
             slot.ledger.rewind(start)
@@ -180,14 +179,23 @@ class PrefixCache:
         self._idle.append(slot)
         self._keep(self._budget_bytes)
 
-    def shrink(self, budget_bytes: int) -> None:
-        """Give up idle conversations, the oldest first, then the rest, to fit a budget.
+    def make_room(self, prompt: Sequence[int], *, turn_bytes: int, budget_bytes: int) -> None:
+        """Give up idle conversations, the oldest first, then the rest, before a turn begins.
 
         What waits to be written counts too: where it does not fit, this waits for the disk.
+
+        Args:
+            prompt: Of the turn.
+            turn_bytes: Reserved for its cache; so what is kept of it does not count, if it fits.
+            budget_bytes: Most bytes of everything else.
         """
+        idle = self._best_idle(prompt)
+        own = [idle[0]] if idle and idle[0].nbytes <= turn_bytes else []
+        self._idle = [slot for slot in self._idle if slot not in own]
         self._keep(budget_bytes)
         if self._files is not None and self.nbytes + self._files.waiting_bytes > budget_bytes:
             self._files.flush()
+        self._idle += own
 
     def close(self) -> None:
         """Give up everything in memory; what waits to be written is."""
@@ -201,6 +209,14 @@ class PrefixCache:
             self._idle.pop(0)
         if self.nbytes > budget_bytes:
             self._shared.clear()
+
+    def _best_idle(self, tokens: Sequence[int]) -> tuple[Slot, Start[Rings]] | None:
+        """The idle slot that begins with most of a prompt, if with more than is shared."""
+        starts = [(slot, slot.ledger.best_start(tokens)) for slot in self._idle]
+        best = max(starts, key=lambda found: found[1].length, default=None)
+        if best is None or best[1].length <= self._shared.best_start(tokens).length:
+            return None
+        return best
 
     def _load(self, tokens: Sequence[int], *, more_than: int) -> Slot | None:
         """A slot from the longest beginning in a file."""

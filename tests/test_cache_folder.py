@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -340,10 +341,11 @@ def test_only_the_last_state_of_a_conversation_is_written(
         slot = hold_turn(model, prefixes, TOKENS[:end], answer=1)
     files = prefixes._files
     assert files is not None and files.waiting_bytes > slot.nbytes / 2
-    prefixes.shrink(2**30)
+    room = partial(prefixes.make_room, [1], turn_bytes=0)
+    room(budget_bytes=2**30)
     assert not written, "there is room for all of it"
     threading.Timer(0.2, slow.set).start()
-    prefixes.shrink(0)
+    room(budget_bytes=0)
     assert written == [HEAD, END + 10] and files.waiting_bytes == 0
     prefixes.close()
     assert len(files_in(folder)) == 2

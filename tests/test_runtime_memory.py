@@ -1,5 +1,6 @@
 """Turns and the memory: what is reserved, refused and waited for, and what idle caches give up."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from running import GREEDY, LONG, open_scripted, wait_until
 from tiny import write_checkpoint
 
 from mlx_gptoss.convert import convert_checkpoint
-from mlx_gptoss.harmony import FinishReason
+from mlx_gptoss.harmony import FinishReason, user
+from mlx_gptoss.harmony.ledger import Prompt
 from mlx_gptoss.memory import Memory, memory_of
+from mlx_gptoss.prefix_cache import PrefixCache
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,37 @@ def test_turns_wait_for_memory_and_idle_conversations_make_room(folder: Path) ->
         first.close()
         assert second.reply().usage.completion_tokens == 5
         assert third.reply().finish_reason is FinishReason.STOP
+
+
+def test_a_conversation_that_reserves_all_memory_goes_on_from_its_cache(folder: Path) -> None:
+    """Its own cache was given up to make room for it, so that each turn read all of its prompt."""
+    limit_bytes, memory = 160 * 2**20, None
+    for _ in range(2):
+        memory = memory_of(folder, limit_bytes=limit_bytes)
+        assert memory is not None and memory.longest < 131_072
+        limit_bytes -= memory.free_bytes([memory.longest])
+    assert memory is not None and memory.free_bytes([memory.longest]) == 0
+    runtime, _ = open_scripted(scripted.ANSWERED, admission=memory)
+    with runtime:
+        one, other = ([user(f"Hello, I am {name}.")] for name in ("one", "the other"))
+        for messages in (one, other):
+            messages += runtime.respond(messages, sampling=GREEDY).messages
+        going_on = runtime.respond([*other, user("And?")], sampling=GREEDY).usage
+        assert going_on.cached_tokens > going_on.prompt_tokens / 2
+        begun = runtime.respond([*one, user("And?")], sampling=GREEDY).usage
+        assert begun.cached_tokens < going_on.cached_tokens, "this one made room for the other"
+
+
+def test_what_is_kept_of_a_turn_counts_where_it_is_more_than_reserved() -> None:
+    """A short question that goes back in a long conversation."""
+    prefixes = PrefixCache(scripted.ScriptedCache, budget_bytes=2**30)
+    tokens = tuple(range(5000))
+    slot = prefixes.take(Prompt(tokens=tokens, ends=(), stable=4000), head=10)
+    slot.cache.count(4000)
+    slot.note(tokens)
+    prefixes.give_back(slot)
+    room = partial(prefixes.make_room, tokens, budget_bytes=0)
+    room(turn_bytes=slot.nbytes)
+    assert prefixes._idle == [slot]
+    room(turn_bytes=slot.nbytes - 1)
+    assert not prefixes._idle
