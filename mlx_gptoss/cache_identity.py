@@ -29,7 +29,8 @@ def identity_of(folder: Path, model: Model) -> str:
     """
     digest = hashlib.sha256()
     device = mx.device_info() if mx.metal.is_available() else {}
-    parts = [str(FORMAT), __version__, mx.__version__, platform.platform(), platform.machine()]
+    mlx_version = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
+    parts = [str(FORMAT), __version__, mlx_version, platform.platform(), platform.machine()]
     parts += [str(device), str(model.dtype)]
     parts += [source_text(stem) for stem in model.kernels.used]
     for part in parts:

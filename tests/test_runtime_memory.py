@@ -88,6 +88,7 @@ def test_what_is_kept_of_a_turn_counts_where_it_is_more_than_reserved() -> None:
     prefixes = PrefixCache(scripted.ScriptedCache, budget_bytes=2**30)
     tokens = tuple(range(5000))
     slot = prefixes.take(Prompt(tokens=tokens, ends=(), stable=4000), head=10)
+    assert isinstance(slot.cache, scripted.ScriptedCache)
     slot.cache.count(4000)
     slot.note(tokens)
     prefixes.give_back(slot)

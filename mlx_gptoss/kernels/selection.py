@@ -170,7 +170,8 @@ def disagreement(kernel: Kernel, sizes: Sizes, *, dtype: mx.Dtype, dense: Dense)
 
 def _fingerprint(sizes: Sizes, dtype: mx.Dtype, dense: Dense) -> str:
     device = mx.device_info() if mx.metal.is_available() else {}
-    parts = [platform.platform(), platform.machine(), str(device), mx.__version__]
+    mlx_version = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
+    parts = [platform.platform(), platform.machine(), str(device), mlx_version]
     parts += [str(sizes), str(dtype), dense, *(source_text(stem) for stem in KERNELS)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
