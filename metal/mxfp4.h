@@ -44,7 +44,7 @@ METAL_FUNC void stage_block(const device T* x, thread typename Pair<T>::type* pa
 
 // For each of R vectors, the sum of the 32 products, times 2^-14; the order of the additions does not depend on R.
 template <int R, typename P>
-METAL_FUNC void dot_block(uint4 codes, const thread P (*x)[16], thread float* totals) {
+METAL_FUNC void dot_block(uint4 codes, thread P (*x)[16], thread float* totals) {
   UNROLL for (int r = 0; r < R; r++) totals[r] = 0;
   UNROLL for (int word = 0; word < 4; word++) {
     half2 w[4];
@@ -58,7 +58,7 @@ METAL_FUNC void dot_block(uint4 codes, const thread P (*x)[16], thread float* to
   }
 }
 template <typename P>
-METAL_FUNC float dot_block(uint4 codes, const thread P (&x)[16]) {
+METAL_FUNC float dot_block(uint4 codes, thread P (&x)[16]) {
   float total;
   dot_block<1>(codes, &x, &total);
   return total;

@@ -55,6 +55,7 @@ METAL_FUNC void sample_token(
     const Best other = {shared[g * 4], shared[g * 4 + 1], shared[g * 4 + 2], uint(shared[g * 4 + 3])};
     mine = join(mine, other);
   }
-  token[b] = int(mine.id);
-  logprob[b] = logits[ulong(b) * V + mine.id] - mine.high - metal::log(mine.total);
+  const uint id = min(mine.id, uint(V - 1));  // logits that are no numbers
+  token[b] = int(id);
+  logprob[b] = logits[ulong(b) * V + id] - mine.high - metal::log(mine.total);
 }

@@ -184,6 +184,16 @@ def test_logits_that_are_not_numbers_read_no_foreign_memory() -> None:
     assert not session.reports[0].findings
 
 
+def test_no_candidate_is_no_foreign_memory_either() -> None:
+    """What `unembed` leaves of logits that are not numbers: scores of -inf, ids past the end."""
+    best = mx.broadcast_to(mx.array([-mx.inf, 128, -mx.inf, 0]), (2, 2, 4))
+    control, logits = mx.zeros((2, 8), mx.int32), mx.full((2, 128), mx.nan)
+    with emulate() as session:
+        token, _, _ = KERNELS["sample_token"].launch(best, logits, control=control)
+    assert token.tolist() == [127, 127]
+    assert not session.reports[0].findings
+
+
 def test_greedy_and_drawn_tokens_are_those_of_sampling() -> None:
     """unembed and sample_token, end to end, against their definitions, at two temperatures."""
     sizes = replace(Sizes(), batch=5)
