@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_gptoss.decode import Decoder
-from mlx_gptoss.kernels.agreement import compare
+from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
 from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import all_kernels, check_sizes, sizes_of
@@ -41,7 +41,7 @@ def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
         worst = max(compare(kernel, arguments))
     except Exception as error:  # whatever Metal's compiler or driver says is the finding
         return f"failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
-    return "" if worst <= 1 else f"differs by {worst:.3g} times its tolerance"
+    return "" if worst <= MOST_EXCESS else f"differs by {worst:.3g} times its tolerance"
 
 
 def with_all_kernels(model: Model) -> Model:

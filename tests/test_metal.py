@@ -8,7 +8,7 @@ import pytest
 
 from mlx_gptoss import verify
 from mlx_gptoss.checkpoint import open_checkpoint
-from mlx_gptoss.kernels.agreement import agrees
+from mlx_gptoss.kernels.agreement import MOST_EXCESS, agrees
 from mlx_gptoss.kernels.cases import Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.library import find_model
@@ -32,7 +32,8 @@ def test_a_kernel_agrees_with_its_definition(stem, dtype, sizes):
     kernel = KERNELS[stem]
     for dense in ("plain", "q8", "q4") if kernel.dense else ("plain",):
         worst = max(agrees(kernel, sizes, dtype=dtype, dense=dense))
-        assert worst <= 1, f"{dense}: {worst:.3g} times the tolerance"
+        most = MOST_EXCESS if sizes is PUBLISHED else 1
+        assert worst <= most, f"{dense}: {worst:.3g} times the tolerance"
 
 
 def test_the_demo_verifies():
