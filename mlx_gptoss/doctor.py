@@ -240,7 +240,7 @@ def _kernels() -> Iterator[Finding]:
         "auto",
         sizes_of(GPT_OSS_20B),
         dtype=mx.bfloat16,
-        dense="plain",
+        dense=["plain"],
         expert_input_bound=0,
         record=kernel_record(),
     )

@@ -23,8 +23,13 @@ from mlx_gptoss.cache import FullCache, ModelCache, WindowCache
 from mlx_gptoss.checkpoint import Quantization, open_checkpoint
 from mlx_gptoss.config import FULL, ModelConfig
 from mlx_gptoss.errors import CacheError
-from mlx_gptoss.kernels.cases import Dense
-from mlx_gptoss.kernels.selection import Choice, all_definitions, choose_kernels, sizes_of
+from mlx_gptoss.kernels.selection import (
+    Choice,
+    all_definitions,
+    choose_kernels,
+    dense_form,
+    sizes_of,
+)
 from mlx_gptoss.matrix import Matrix, on_cpu
 from mlx_gptoss.moe import MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable, softmax_scale
@@ -360,14 +365,22 @@ def load_model(
         embedding=table,
     )
     mx.eval(model.arrays)
-    dense: dict[int | None, Dense] = {None: "plain", 8: "q8", 4: "q4"}
     widest_norm = max(float(mx.abs(moe.norm).max()) for _, moe in model.layers)
     model.kernels = choose_kernels(
         kernels,
         sizes_of(model.config),
         dtype=model.dtype,
-        dense=dense[model.unembedding.bits],
+        dense=_dense_forms(model),
         expert_input_bound=model.config.hidden_size**0.5 * widest_norm,
         record=kernel_record,
     )
     return model
+
+
+def _dense_forms(model: Model) -> list[str]:
+    """How its dense matrices are stored: mlx-lm packs routers otherwise than the rest."""
+    found = [model.unembedding]
+    found += [model.embedding] if isinstance(model.embedding, Matrix) else []
+    for attention, moe in model.layers:
+        found += [attention.q, attention.k, attention.v, attention.out, moe.router]
+    return sorted(set(map(dense_form, found)))

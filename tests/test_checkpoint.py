@@ -18,6 +18,7 @@ from mlx_gptoss.checkpoint import (
 )
 from mlx_gptoss.config import GPT_OSS_20B, read_config
 from mlx_gptoss.errors import CheckpointError, ConfigError
+from mlx_gptoss.model import load_model
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 GATE = "model.layers.0.mlp.experts.gate_proj"
@@ -70,7 +71,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ],
     ids=["bf16", "q8", "q4", "q3", "mxfp4"],
 )
-def test_mlx_lm_conversions_open(
+def test_mlx_lm_conversions_open_and_load(
     tmp_path: Path,
     options: dict[str, Any],
     packing: Quantization | None,
@@ -79,7 +80,9 @@ def test_mlx_lm_conversions_open(
 ) -> None:
     """mlx-lm packs the router too, at 8 bits whatever was asked, and names no experts."""
     source = write_checkpoint(tmp_path / "source", layers=2)
-    checkpoint = open_checkpoint(mlx_lm_conversion(source, tmp_path / "mlx", **options))
+    folder = mlx_lm_conversion(source, tmp_path / "mlx", **options)
+    checkpoint = open_checkpoint(folder)
+    assert load_model(folder).config == checkpoint.config
     assert checkpoint.quantization_of(GATE) == MXFP4
     assert checkpoint.quantization_of(Q_PROJ) == packing
     assert checkpoint.quantization_of("model.embed_tokens") == packing

@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,31 @@ import pytest
 
 from mlx_gptoss.errors import KernelError
 from mlx_gptoss.kernels import registry, selection
-from mlx_gptoss.kernels.cases import Sizes
+from mlx_gptoss.kernels.agreement import compare
+from mlx_gptoss.kernels.cases import Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import KernelSet, all_definitions, choose_kernels
+from mlx_gptoss.kernels.selection import (
+    KernelSet,
+    all_definitions,
+    choose_kernels,
+    dense_form,
+)
+from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.metal.emulator import emulate
 
 SIZES = Sizes(hidden=128, inter=96, vocab=128, capacity=64, base=50, slot=5, rows=32)
 
 
 def choose(
-    choice: Any, record: Path | None = None, *, dtype: mx.Dtype = mx.float32, bound: float = 1e6
+    choice: Any,
+    record: Path | None = None,
+    *,
+    dtype: mx.Dtype = mx.float32,
+    bound: float = 1e6,
+    dense: Sequence[str] = ("plain",),
 ) -> KernelSet:
     return choose_kernels(
-        choice, SIZES, dtype=dtype, dense="plain", expert_input_bound=bound, record=record
+        choice, SIZES, dtype=dtype, dense=dense, expert_input_bound=bound, record=record
     )
 
 
@@ -33,12 +46,13 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The emulator poses as a Metal device; the rows above the slot are undefined by design."""
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "emulator"})
-    with emulate(allow=("unwritten-output",)):
+    with emulate(mode="plain", allow=("unwritten-output",)):
         yield
 
 
 def replaced(stem: str, launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = dict(KERNELS) | {stem: replace(KERNELS[stem], launch=launch)}
+    """One kernel by another, beside one that is right."""
+    changed = {"embed": KERNELS["embed"], stem: replace(KERNELS[stem], launch=launch)}
     monkeypatch.setattr(selection, "KERNELS", changed)
 
 
@@ -77,6 +91,71 @@ def test_a_differing_kernel_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     (reason,) = choose("auto").fallbacks.values()
     assert reason.startswith("it differs by ")
     assert reason.endswith(" times the tolerance")
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_kernel_that_is_wrong_for_some_batches_falls_back(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row alone and rows in blocks are kernels of their own."""
+    true = KERNELS["route"].launch
+
+    def wrong(x: mx.array, *args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        y, logits = true(x, *args, **kwargs)
+        return y, logits + 1e-3 * (x.shape[0] == rows)
+
+    replaced("route", wrong, monkeypatch)
+    assert selection.checked(SIZES, dtype=mx.float32, dense=["plain"], record=None)
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_kernel_that_is_wrong_for_one_form_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm packs a router of a model whose other matrices may be plain."""
+    true = KERNELS["route"].launch
+
+    def wrong(x: mx.array, norm: mx.array, router: Matrix, *, eps: float) -> Any:
+        y, logits = true(x, norm, router, eps=eps)
+        return y, logits + 1e-3 * (router.bits == 8)
+
+    replaced("route", wrong, monkeypatch)
+    check = partial(selection.checked, SIZES, dtype=mx.float32, record=None)
+    assert not check(dense=["plain", "q4"])
+    assert check(dense=["plain", "q8"])
+
+
+@pytest.mark.usefixtures("metal")
+def test_matrices_that_no_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm packs in 3 or 6 bits, too, and in other groups; attention and experts keep kernels."""
+    monkeypatch.setattr(selection, "disagreement", lambda *_, **__: "")
+    weight = mx.random.normal((64, 128))
+    packed = [
+        Matrix(weight=mx.quantize(weight, group_size=group, bits=bits)[0],
+               group_size=group, bits=bits, mode="affine")
+        for group, bits in ((64, 8), (64, 3), (32, 4))
+    ]  # fmt: skip
+    forms = [dense_form(matrix) for matrix in packed]
+    found = choose("auto", dense=forms).fallbacks
+    assert set(found) == {"embed", "norm_qkv_rope", "out_residual", "route", "unembed"}
+    assert found["route"] == (
+        "it does not read affine weights of 3 bits in groups of 64, "
+        "affine weights of 4 bits in groups of 32"
+    )
+    assert not choose("auto", dense=[forms[0], "plain"]).fallbacks
+
+
+def test_definitions_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An M5's GPU gives a definition's float32 products 11 bits."""
+    devices, true, kernel = [], mx.stream, KERNELS["attention_reduce"]
+
+    def stream(device: Any) -> Any:
+        devices.append(device)
+        return true(device)
+
+    monkeypatch.setattr(mx, "stream", stream)
+    given = kernel.case(Inputs(SIZES, dtype=mx.float32))
+    assert max(compare(replace(kernel, launch=kernel.define), given)) == 0
+    assert devices == [mx.cpu]
 
 
 @pytest.mark.usefixtures("metal")

@@ -228,13 +228,10 @@ def out_residual(make: Inputs) -> Arguments:
 def route(make: Inputs) -> Arguments:
     """Inputs of `kernels.route`."""
     s = make.sizes
-    weight = Matrix(
-        weight=make.normal(s.experts, s.hidden, scale=s.hidden**-0.5), bias=make.normal(s.experts)
-    )
     return {
         "x": make.normal(s.batch, s.hidden, scale=3),
         "norm": make.normal(s.hidden),
-        "router": weight,
+        "router": make.matrix(s.experts, s.hidden),
         "eps": 1e-5,
     }
 

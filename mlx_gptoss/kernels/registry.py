@@ -69,7 +69,7 @@ _WRAPPERS: dict[ModuleType, tuple[str, ...]] = {
     projections: ("embed", "norm_qkv_rope", "out_residual", "route"),
     sampling: ("sample_filtered", "sample_token", "unembed"),
 }
-_DENSE = {"embed", "norm_qkv_rope", "out_residual", "unembed"}
+_DENSE = {"embed", "norm_qkv_rope", "out_residual", "route", "unembed"}
 _OBSERVED = {"attention_decode": _softmax, "norm_qkv_rope": _written_rows}
 
 KERNELS: Mapping[str, Kernel] = {
