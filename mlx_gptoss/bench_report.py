@@ -14,6 +14,7 @@ from mlx_gptoss.bench_runs import OURS
 from mlx_gptoss.bench_text import TITLES, machine_line, table_cells, with_spread
 from mlx_gptoss.chips import CHIPS, GIB, Chip, default_working_set_bytes
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
+from mlx_gptoss.machine import Machine
 from mlx_gptoss.plan import MemoryPlan, dense_quantization
 from mlx_gptoss.roofline import (
     limit_tok_per_s,
@@ -114,7 +115,7 @@ def _published(name: str, config: ModelConfig, records: Sequence[Record]) -> Ite
             points=[
                 _point(result, DECODE)
                 for owner, result in _of_model(config, records)
-                if owner == chip.name and abs(math.log2(result["depth"] / DEPTH)) <= 1
+                if owner == chip and abs(math.log2(result["depth"] / DEPTH)) <= 1
             ],
         )
         for chip in chips
@@ -149,7 +150,9 @@ def _curves(
     yield Curve(name=name, kind="guess", values=guesses)
 
 
-def _of_model(config: ModelConfig, records: Sequence[Record]) -> Iterator[tuple[str, Record]]:
+def _of_model(
+    config: ModelConfig, records: Sequence[Record]
+) -> Iterator[tuple[Chip | None, Record]]:
     """Chip and result of every measurement of a published model, of one row and bf16 weights."""
     size = (config.num_hidden_layers, config.hidden_size, config.num_local_experts)
     for record in records:
@@ -158,7 +161,7 @@ def _of_model(config: ModelConfig, records: Sequence[Record]) -> Iterator[tuple[
             continue
         for result in record["results"]:
             if result["batch"] == 1:
-                yield (record["machine"]["cpu"] or "").removeprefix("Apple "), result
+                yield Machine(**record["machine"]).chip, result
 
 
 def _holds(chip: Chip, packing: Any, config: ModelConfig) -> bool:

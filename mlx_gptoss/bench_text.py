@@ -21,7 +21,7 @@ def read_record(path: Path) -> Record:
     """A record that `bench` saved.
 
     Raises:
-        BenchmarkError: the file is missing, no JSON, or of another version.
+        BenchmarkError: the file is missing, no JSON, of another version, or not whole.
     """
     record = _read_json(path)
     found = record.get("version") if isinstance(record, dict) else None
@@ -29,6 +29,16 @@ def read_record(path: Path) -> Record:
         raise BenchmarkError(
             f"{path}: expected a record of version {VERSION}, got {found!r}; measure again"
         )
+    try:
+        machine_line(record)
+        unlike(record, record)
+        for result in record["results"]:
+            table_cells(result)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BenchmarkError(
+            f"{path}: a field is missing or wrong: {error}; expected what `bench --save` writes; "
+            "measure again"
+        ) from None
     return record
 
 
@@ -179,6 +189,31 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Reco
             "the records have no engine, depth and batch in common: nothing to compare"
         )
     return found
+
+
+def unlike(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What else differs between two records, and may be why their speeds do."""
+    one, other = _circumstances(before), _circumstances(after)
+    return [
+        f"{what}: {text} and {other[what][1]}"
+        for what, (key, text) in one.items()
+        if key != other[what][0]
+    ]
+
+
+def _circumstances(record: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Weights, machine and length of the answers: each as it is compared, and as it is shown."""
+    model, machine = record["model"], record["machine"]
+    weights = model["digest"] or model["nbytes"]
+    cores, memory = machine["gpu_cores"], (machine["memory_bytes"] or 0) / 2**30
+    answer = record["settings"]["answer"]
+    return {
+        "weights": (weights, f"{model['name']} ({str(weights)[:8]})"),
+        "chip": (machine["cpu"], machine["cpu"] or machine["architecture"]),
+        "GPU cores": (cores, str(cores or "?")),
+        "memory": (memory, f"{memory:.0f} GB"),
+        "tokens of an answer": (answer, str(answer)),
+    }
 
 
 def difference_text(rows: list[Record]) -> str:

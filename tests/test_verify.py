@@ -342,6 +342,15 @@ def test_the_command(model):
     assert result.stderr.count("\n") == 1
 
 
+def test_what_is_infinitely_far_is_null_in_json(model, monkeypatch):
+    """Infinity is no JSON."""
+    far = verify._passed("products", False, "no number", worst=float("inf"), rest=2.0)
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: [far])
+    result = CliRunner().invoke(main, ["verify", str(model), "--json"])
+    [check] = json.loads(result.stdout, parse_constant=pytest.fail)["checks"]
+    assert result.exit_code == 1 and check["numbers"] == {"worst": None, "rest": 2.0}
+
+
 def test_the_demo_gives_its_stored_answer():
     """A demo made anew needs a new answer: see benchmarks/record_transcript.py."""
     folder = find_model("demo")

@@ -1,5 +1,6 @@
 """`mlx-gptoss bench`: measure a model, compare records, draw the report."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def bench() -> None:
 )
 @click.option(
     "--save",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, file_okay=False, writable=True),
     is_flag=False,
     flag_value=Path(RESULTS),
     metavar="[FOLDER]",
@@ -94,11 +95,16 @@ def run(
     """Measure MODEL: demo, 20b, 120b, a folder or a hub id."""
     from mlx_gptoss import bench as benchmark
     from mlx_gptoss import bench_text
+    from mlx_gptoss.errors import BenchmarkError
     from mlx_gptoss.library import find_model
     from mlx_gptoss.machine import read_machine
 
+    if compare and importlib.util.find_spec("mlx_lm") is None:
+        raise BenchmarkError("--compare: mlx-lm is not installed here; run `pip install mlx-lm`")
     asked = {"depths": _numbers("--depths", depths), "batches": _numbers("--batch", batches)}
     folder, machine = find_model(model), read_machine()
+    if save is not None:  # an hour later would be too late
+        save.mkdir(parents=True, exist_ok=True)
     if machine.power_source == "Battery Power" or machine.low_power_mode:
         note("On battery or in low-power mode: this is slower than the machine.", quiet=quiet)
     record = benchmark.bench(
@@ -114,11 +120,16 @@ def run(
     forms = {"md": bench_text.as_markdown, "csv": bench_text.as_csv, "json": _json}
     click.echo(forms[form](record))
     if save is not None:
-        path = save / benchmark.file_name(record)
-        before = " over the one that was there" if path.exists() else ""
-        save.mkdir(parents=True, exist_ok=True)
-        path.write_text(_json(record) + "\n", encoding="utf-8")
-        note(f"saved {path}{before}", quiet=quiet)
+        _keep(record, save / benchmark.file_name(record), quiet=quiet)
+
+
+def _keep(record: dict[str, Any], path: Path, *, quiet: bool) -> None:
+    """Write a record; the one that was there stays until this one is whole."""
+    before = " over the one that was there" if path.exists() else ""
+    part = path.with_suffix(".part")
+    part.write_text(_json(record) + "\n", encoding="utf-8")
+    part.replace(path)
+    note(f"saved {path}{before}", quiet=quiet)
 
 
 @bench.command()
@@ -127,10 +138,16 @@ def run(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def diff(*, before: Path, after: Path, as_json: bool) -> None:
     """Compare two saved records where they measured the same."""
-    from mlx_gptoss.bench_text import difference, difference_text, read_record
+    from mlx_gptoss.bench_text import difference, difference_text, read_record, unlike
 
-    rows = difference(read_record(before), read_record(after))
-    click.echo(_json({"differences": rows}) if as_json else difference_text(rows))
+    records = read_record(before), read_record(after)
+    rows, others = difference(*records), unlike(*records)
+    if as_json:
+        click.echo(_json({"differences": rows, "unlike": others}))
+        return
+    click.echo(difference_text(rows))
+    for line in others:
+        note(f"The records are unlike in {line}")
 
 
 @bench.command()

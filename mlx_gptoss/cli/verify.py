@@ -1,10 +1,16 @@
 """`mlx-gptoss verify`: is this copy, on this machine, the model that was published?"""
 
 import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_gptoss.cli.console import Progress
+
+if TYPE_CHECKING:
+    from mlx_gptoss.verify import Check
 
 COLORS = {"ok": "green", "FAILED": "red", "skipped": "yellow"}
 
@@ -18,8 +24,6 @@ def verify(*, model: str, as_json: bool, quiet: bool) -> None:
 
     MODEL is demo, 20b, 120b, a folder or a hub id. Exit 1 if anything disagrees.
     """
-    from dataclasses import asdict
-
     from mlx_gptoss import verify as verification
     from mlx_gptoss.errors import VerificationError
     from mlx_gptoss.library import find_model
@@ -36,7 +40,13 @@ def verify(*, model: str, as_json: bool, quiet: bool) -> None:
             mark = click.style(f"{check.outcome:<9}", fg=COLORS[check.outcome])
             click.echo(f"{mark}{check.name:<11}{check.detail}")
     if as_json:
-        click.echo(json.dumps({"model": model, "checks": [asdict(c) for c in checks]}, indent=2))
+        click.echo(json.dumps({"model": model, "checks": [_plain(c) for c in checks]}, indent=2))
     wrong = [check for check in checks if check.outcome is verification.Outcome.FAILED]
     if wrong:
         raise VerificationError(f"{model}: {wrong[0].name}: {wrong[0].detail}")
+
+
+def _plain(check: "Check") -> dict[str, Any]:
+    """A check for JSON, which has no word for what is infinitely far: null."""
+    numbers = {name: n if math.isfinite(n) else None for name, n in check.numbers.items()}
+    return {**asdict(check), "numbers": numbers}
