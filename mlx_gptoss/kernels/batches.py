@@ -4,8 +4,9 @@ A step of few rows reads the experts of each row; of more, `kernels.grouped` rea
 for the rows that chose it, which takes two dispatches a layer more. The numbers weigh counted bytes
 against dispatches for one chip: a prediction, not a measurement.
 
-MLX's GEMMs read less than our dense kernels from 16 rows on with 8-bit weights, by a few percent
-from 2 on with plain ones, and less than the grouped experts of the 20b at 32 rows (the same card).
+MLX's GEMMs read less than our dense kernels from 16 rows on, a third of the bytes at 32; with
+plain weights by a few percent from 2 on; of the small router at any number of rows; and less than
+the grouped experts of the 20b at 32 rows (the same card).
 They are not taken: every kernel here gives a row the bits that it has alone, and a GEMM does not,
 so that a conversation's tokens would depend on who else is being served.
 """
