@@ -100,8 +100,8 @@ class Session:
         ) as stream:
             try:
                 for event in stream:
-                    printer.event(event)
                     said += event.text if isinstance(event, TextDelta) else ""
+                    printer.event(event)  # after: what was shown when Ctrl-C came is kept
             except KeyboardInterrupt:
                 progress.clear()
                 if said:
