@@ -1,49 +1,44 @@
-"""Prefix caches in files: the same bits, whatever happens to the disk or to a process."""
+"""Prefix caches in files: the same bits, whatever happens to the disk."""
 
 import errno
 import logging
 import os
-import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import cache_writer
 import mlx.core as mx
-import numpy as np
 import pytest
+from cache_folders import (
+    END,
+    HEAD,
+    STABLE,
+    TOKENS,
+    content_of,
+    files_in,
+    header_end,
+    hold_turn,
+    load,
+    overwrite,
+    prefixes_of,
+    prompt_of,
+    wait_for,
+)
 from cache_writer import IDENTITY
-from click.testing import CliRunner
-from given import HEADER, new_model
-from tiny import TinyShape, write_checkpoint
+from given import new_model
+from tiny import TinyShape
 from weights import tiny_model
 
-from mlx_gptoss import cache_files, cache_identity
-from mlx_gptoss.cache import FullCache, ModelCache
+from mlx_gptoss import cache_files
+from mlx_gptoss.cache import FullCache
 from mlx_gptoss.cache_files import Content
 from mlx_gptoss.cache_folder import CacheFolder, Saved
-from mlx_gptoss.cache_identity import identity_of
-from mlx_gptoss.cli import main
-from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.errors import CacheError
-from mlx_gptoss.harmony.ledger import Prompt
-from mlx_gptoss.kernels.selection import KernelSet
-from mlx_gptoss.manifest import MANIFEST
 from mlx_gptoss.model import Model
-from mlx_gptoss.prefix_cache import PrefixCache, Slot
-
-ROOT = Path(__file__).resolve().parent.parent
-TOKENS = [(7 * n * n + n) % 1024 for n in range(340)]
-HEAD, STABLE, END = 150, 290, 299  # past the window of 128, all of them
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -59,40 +54,6 @@ def model() -> Model:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "caches"
-
-
-def prefixes_of(model: Model, folder: Path, **options: Any) -> PrefixCache:
-    files = CacheFolder(folder, identity=IDENTITY, **options)
-    return PrefixCache(model.make_cache, budget_bytes=2**30, files=files)
-
-
-def prompt_of(tokens: Sequence[int], stable: int = STABLE) -> Prompt:
-    return Prompt(tokens=tuple(tokens), ends=(), stable=stable)
-
-
-def hold_turn(
-    model: Model, prefixes: PrefixCache, tokens: Sequence[int], *, answer: int = END - STABLE - 2
-) -> Slot:
-    """Feed what is left of a prompt that ends behind `STABLE`, and some tokens one by one."""
-    end = len(tokens) - answer
-    slot = prefixes.take(prompt_of(tokens[:end], end - 2), head=HEAD)
-    for mark in (*slot.marks, end):
-        if piece := tokens[slot.cache.offset : mark]:
-            model.hidden(mx.array([piece]), slot.cache)
-            mx.eval(slot.cache.arrays)
-            slot.note(tokens)
-            if mark == HEAD:
-                prefixes.share(slot)
-    for token in tokens[end:]:
-        mx.eval(model.next_logits(mx.array([[token]]), slot.cache))
-    slot.note(tokens)
-    prefixes.give_back(slot)
-    return slot
-
-
-def files_in(folder: Path) -> list[Path]:
-    """The least recently used first."""
-    return sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
 
 
 @pytest.mark.parametrize(("length", "new"), [(END, 1), (END, 5), (STABLE, 5), (HEAD, 5)])
@@ -156,23 +117,6 @@ def test_a_file_is_read_only_as_far_as_it_is_needed(model: Model, folder: Path) 
     assert conversation.exists(), "it is another conversation's"
 
 
-def wait_for(true: Any) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def overwrite(path: Path, at: int, new: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
-        file.write(new)
-
-
-def header_end(path: Path) -> int:
-    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
-
-
 DAMAGES = {
     "another token": lambda path: overwrite(path, header_end(path) + 4 * (END + 30), b"\x01"),
     "another position": lambda path: overwrite(
@@ -214,25 +158,6 @@ def test_a_damaged_file_is_told_once_and_removed(
     assert record.message.startswith(
         f"a cached conversation is removed and computed anew: {path}: "
     )
-
-
-def states_of(cache: ModelCache) -> list[np.ndarray]:
-    return [np.array(array.astype(mx.float32)) for array in cache.arrays]
-
-
-def content_of(model: Model, number: int, count: int = 200) -> tuple[list[int], Content]:
-    """The tokens of a conversation that begins like no other, and its keys and values."""
-    tokens = [number, *TOKENS[:count]]
-    slot = Slot(model.make_cache())
-    model.hidden(mx.array([tokens]), slot.cache)
-    slot.note(tokens)
-    return tokens, slot.content()
-
-
-def load(folder: CacheFolder, model: Model, tokens: Sequence[int]) -> tuple[int, ModelCache]:
-    cache = model.make_cache()
-    found = folder.load([*tokens, 1], cache, more_than=0)
-    return found.length if found else 0, cache
 
 
 def test_the_folder_is_bounded_and_the_least_recently_used_go(model: Model, folder: Path) -> None:
@@ -386,136 +311,3 @@ def test_a_folder_that_cannot_be_used_is_refused(
     with pytest.raises(CacheError, match="expected a folder that can be written, got one that"):
         CacheFolder(tmp_path, identity=IDENTITY)
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_two_users_at_once_get_whole_caches_or_none(
-    model: Model, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One writes and evicts while the other reads; they share nothing but the folder."""
-    contents = [content_of(model, number) for number in range(6)]
-    truth = [(tokens, states_of(fed(model, tokens))) for tokens, _ in contents]
-    budget = 3 * contents[0][1].nbytes + 100
-    writer = CacheFolder(folder, identity=IDENTITY, budget_bytes=budget)
-    done = threading.Event()
-
-    def work() -> None:
-        for number in range(30):
-            writer.save(contents[number * 5 % 6][1])
-            writer.flush()
-        done.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    reader = CacheFolder(folder, identity=IDENTITY, budget_bytes=budget)
-    hits = 0
-    while not done.is_set() or hits == 0:
-        for tokens, arrays in truth:
-            length, cache = load(reader, model, tokens)
-            if length:
-                hits += 1
-                assert length == len(tokens)
-                for array, right in zip(states_of(cache), arrays, strict=True):
-                    assert np.array_equal(array[:, :, :length], right[:, :, :length])
-    thread.join()
-    writer.close()
-    assert not caplog.records and hits
-    assert sum(path.stat().st_size for path in files_in(folder)) <= budget
-
-
-def fed(model: Model, tokens: Sequence[int]) -> ModelCache:
-    cache = model.make_cache()
-    model.hidden(mx.array([tokens]), cache)
-    return cache
-
-
-def test_a_kill_while_a_file_is_written_loses_at_most_that_file(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rng, reported, left_over = random.Random(5), [-1], 0
-    for delay_s in (0, 0, 0.005, 0.02):
-        arguments = [sys.executable, cache_writer.__file__, str(folder), str(reported[-1] + 2)]
-        with subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": "."},
-        ) as child:
-            assert child.stdout is not None
-            reported += [int(child.stdout.readline()) for _ in range(rng.randrange(1, 4))]
-            wait_for(lambda: any(folder.glob(".mlx-gptoss-*.part")))
-            time.sleep(rng.uniform(0, delay_s))
-            child.send_signal(signal.SIGKILL)
-            reported += map(int, child.stdout.read().split())
-        left_over += len(list(folder.glob(".mlx-gptoss-*.part")))
-    assert left_over, "some kills came in the middle of a file"
-    files = CacheFolder(folder, identity=IDENTITY)
-    assert not list(folder.glob(".mlx-gptoss-*.part")) and not caplog.records
-    assert len(files_in(folder)) <= len(reported) - 1 + 4
-    for number in reported[1:]:
-        cache = ModelCache([FullCache((1, 2, 64), mx.float32)], [0])
-        found = files.load([number] * cache_writer.TOKENS + [1], cache, more_than=0)
-        assert found is not None and found.length == cache_writer.TOKENS
-        truth = cache_writer.content(number).arrays.values()
-        for array, (_, right) in zip(cache.arrays, truth, strict=False):
-            assert np.array_equal(np.array(array.view(mx.uint8)), np.array(right))
-    assert not caplog.records
-
-
-def test_the_identity_is_of_everything_that_numbers_depend_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "model"
-    convert_checkpoint(write_checkpoint(tmp_path / "source", layers=2), folder)
-    model: Any = SimpleNamespace(dtype=mx.float32, kernels=KernelSet.of({}))
-    first = identity_of(folder, model)
-    assert identity_of(folder, model) == first and len(first) == 16
-    seen = {first}
-
-    def differs() -> None:
-        identity = identity_of(folder, model)
-        assert identity not in seen
-        seen.add(identity)
-
-    model.dtype = mx.bfloat16
-    differs()
-    model.kernels = KernelSet.of({"unembed": "it differs"})
-    differs()
-    monkeypatch.setattr(mx, "__version__", "0.99")
-    differs()
-    monkeypatch.setattr(cache_identity, "__version__", "9")
-    differs()
-    monkeypatch.setattr(cache_identity, "FORMAT", 99)
-    differs()
-    manifest = folder / MANIFEST
-    manifest.write_text(manifest.read_text() + " ")
-    differs()
-    manifest.unlink()
-    differs()
-    weights = next(folder.glob("*.safetensors"))
-    os.utime(weights, ns=(1, 1))
-    differs()
-    config = folder / "config.json"
-    config.write_text(config.read_text() + " ")
-    differs()
-
-
-def test_generate_and_chat_go_on_from_the_same_folder(folder: Path) -> None:
-    options = ["--cache-dir", str(folder), "--max-tokens", "2"]
-    runner = CliRunner()
-    first = runner.invoke(main, ["generate", "Hello!", *options])
-    assert first.exit_code == 0 and "cached" not in first.stderr
-    again = subprocess.run(  # the identity must be the same in another process
-        [sys.executable, "-m", "mlx_gptoss", "generate", "Hello!", *options],
-        check=True,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    chat = runner.invoke(main, ["chat", *options], input="Hello!\n")
-    assert chat.exit_code == 0
-    for result in (again, chat):
-        told = re.search(r"prompt (\d+) tok \((\d+) cached\)", result.stderr)
-        assert told and int(told[1]) - int(told[2]) == HEADER
-    wrong = runner.invoke(main, ["generate", "Hello!", "--cache-dir", __file__])
-    assert wrong.exit_code == 2 and "'--cache-dir'" in wrong.stderr
