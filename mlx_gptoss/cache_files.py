@@ -173,7 +173,7 @@ class Entry:
             The sliding layers at the saved positions up to it. All arrays are evaluated.
 
         Raises:
-            CacheError: The file is damaged.
+            CacheError: The file is damaged, or is another model's.
             OSError: It cannot be read.
         """
         sliding = [n for n, layer in enumerate(cache) if isinstance(layer, WindowCache)]
@@ -181,9 +181,10 @@ class Entry:
             self._prove(file)
 
             def segment(stem: str, rows: int | None) -> Segment:
-                keys, values = (
-                    _array(file, self.tensors[f"{stem}.{kind}"], rows) for kind in KINDS
-                )
+                names = [f"{stem}.{kind}" for kind in KINDS]
+                if missing := [name for name in names if name not in self.tensors]:
+                    raise CacheError(f"{self.path}: expected the tensors {', '.join(missing)}")
+                keys, values = (_array(file, self.tensors[name], rows) for name in names)
                 return keys, values
 
             def rings(position: int) -> Windows:

@@ -14,9 +14,9 @@ from mlx_gptoss.decode import Decoder
 from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
 from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import all_kernels, check_sizes, sizes_of
+from mlx_gptoss.kernels.selection import KernelSet, check_sizes, sizes_of, unread
 from mlx_gptoss.matrix import Matrix
-from mlx_gptoss.model import Model
+from mlx_gptoss.model import Model, dense_forms
 from mlx_gptoss.sampling import SamplingParams
 
 
@@ -45,9 +45,9 @@ def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
 
 
 def with_all_kernels(model: Model) -> Model:
-    """The same weights, with every kernel where it belongs, whatever was chosen for the model."""
+    """The same weights with every kernel that reads them, whatever was chosen for the model."""
     other = copy(model)
-    other.kernels = all_kernels()
+    other.kernels = KernelSet.of(unread(dense_forms(model)))
     return other
 
 

@@ -370,17 +370,24 @@ def load_model(
         kernels,
         sizes_of(model.config),
         dtype=model.dtype,
-        dense=_dense_forms(model),
+        dense=dense_forms(model),
         expert_input_bound=model.config.hidden_size**0.5 * widest_norm,
         record=kernel_record,
     )
     return model
 
 
-def _dense_forms(model: Model) -> list[str]:
-    """How its dense matrices are stored: mlx-lm packs routers otherwise than the rest."""
+def dense_forms(model: Model) -> list[str]:
+    """How its dense matrices are stored: mlx-lm packs routers otherwise than the rest.
+
+    One kernel multiplies by q, k and v, and takes them in one form.
+    """
     found = [model.unembedding]
     found += [model.embedding] if isinstance(model.embedding, Matrix) else []
     for attention, moe in model.layers:
         found += [attention.q, attention.k, attention.v, attention.out, moe.router]
-    return sorted(set(map(dense_form, found)))
+    mixed = any(
+        len({dense_form(matrix) for matrix in (a.q, a.k, a.v)}) > 1 for a, _ in model.layers
+    )
+    unlike = ["q, k and v packed unlike each other"] if mixed else []
+    return sorted({*map(dense_form, found), *unlike})

@@ -208,14 +208,17 @@ def _kernels(model: Model) -> Check:
     if not mx.metal.is_available():
         detail = "this machine has no Metal device: MLX's operations run in their place"
         return Check(name="kernels", outcome=Outcome.SKIPPED, detail=detail)
+    stems = with_all_kernels(model).kernels.used
     wrong = {
         f"{stem} in layer {n}": reason
         for n in range(min(2, model.config.num_hidden_layers))
-        for stem in KERNELS
+        for stem in stems
         if (reason := kernel_fault(stem, model, layer=n))
     }
     detail = "; ".join(f"{place} {reason}" for place, reason in wrong.items())
-    detail = detail or f"{len(KERNELS)} kernels agree with their definitions"
+    detail = detail or f"{len(stems)} kernels agree with their definitions"
+    if unused := sorted(KERNELS.keys() - set(stems)):
+        detail += f"; {', '.join(unused)} cannot read this model's weights"
     return _passed("kernels", not wrong, detail, wrong=len(wrong))
 
 

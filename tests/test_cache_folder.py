@@ -1,6 +1,7 @@
 """Prefix caches in files: the same bits, whatever happens to the disk."""
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -158,6 +159,24 @@ def test_a_damaged_file_is_told_once_and_removed(
     assert record.message.startswith(
         f"a cached conversation is removed and computed anew: {path}: "
     )
+
+
+def test_a_file_of_other_layers_is_told_and_removed(
+    model: Model, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole by its hash, as somebody else may have written it."""
+    prefixes = prefixes_of(model, folder)
+    hold_turn(model, prefixes, TOKENS[:END])
+    prefixes.close()
+    path = max(files_in(folder), key=lambda path: path.stat().st_size)
+    DAMAGES["a name"](path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    path = path.rename(path.with_stem(f"{path.stem.partition('-')[0]}-{digest}"))
+    slot = prefixes_of(model, folder).take(prompt_of(TOKENS), head=HEAD)
+    assert slot.cache.offset == HEAD
+    assert not path.exists()
+    [record] = caplog.records
+    assert f"{path}: expected the tensors full.1.keys" in record.message
 
 
 def test_the_folder_is_bounded_and_the_least_recently_used_go(model: Model, folder: Path) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from tiny import TinyShape
+from weights import tiny_model
 
 from mlx_gptoss.errors import KernelError
+from mlx_gptoss.kernel_faults import with_all_kernels
 from mlx_gptoss.kernels import registry, selection
 from mlx_gptoss.kernels.agreement import compare
 from mlx_gptoss.kernels.cases import Inputs, Sizes
@@ -24,6 +27,7 @@ from mlx_gptoss.kernels.selection import (
 )
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.metal.emulator import emulate
+from mlx_gptoss.model import dense_forms
 
 SIZES = Sizes(hidden=128, inter=96, vocab=128, capacity=64, base=50, slot=5, rows=32)
 
@@ -142,6 +146,22 @@ def test_matrices_that_no_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         "affine weights of 4 bits in groups of 32"
     )
     assert not choose("auto", dense=[forms[0], "plain"]).fallbacks
+
+
+def test_a_layer_packed_in_two_forms() -> None:
+    """The kernel of q, k and v is written for one; each form alone would be read."""
+    model = tiny_model(TinyShape(layers=2))
+    assert dense_forms(model) == ["plain"]
+    attention, moe = model.layers[1]
+    packed = dict(
+        zip(("weight", "scales", "offsets"), mx.quantize(attention.v.weight), strict=True)
+    )
+    v = Matrix(**packed, bias=attention.v.bias, group_size=64, bits=4, mode="affine")
+    model.layers[1] = replace(attention, v=v), moe
+    assert dense_forms(model) == ["plain", "q, k and v packed unlike each other", "q4"]
+    assert set(with_all_kernels(model).kernels.fallbacks) == {
+        "embed", "norm_qkv_rope", "out_residual", "route", "unembed",
+    }  # fmt: skip
 
 
 def test_definitions_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,9 +117,7 @@ def choose_kernels(
         return all_definitions(NO_METAL)
     forms: list[Dense] = [form for form in get_args(Dense) if form in dense]
     fallbacks = checked(sizes, dtype=dtype, dense=forms or ["plain"], record=record)
-    if others := sorted(set(dense) - set(forms)):
-        reason = f"it does not read {', '.join(others)}"
-        fallbacks |= {stem: reason for stem, kernel in KERNELS.items() if kernel.dense}
+    fallbacks |= unread(dense)
     if dtype != mx.float32 and expert_input_bound >= FLOAT16_LARGEST:
         reason = f"its inputs may reach {expert_input_bound:.0f}, which is beyond float16"
         fallbacks = {**fallbacks, "experts_swiglu": reason, "experts_swiglu_grouped": reason}
@@ -130,6 +128,13 @@ def choose_kernels(
             raise KernelError(f'kernels="on": {text}; use "auto" to run these without a kernel')
         log.warning("kernels that run as plain MLX here: %s", text)
     return chosen
+
+
+def unread(dense: Sequence[str]) -> dict[str, str]:
+    """Stems that do not read every one of these forms of dense matrices, with the reason."""
+    others = sorted(set(dense) - set(get_args(Dense)))
+    reason = f"it does not read {', '.join(others)}"
+    return {stem: reason for stem, kernel in KERNELS.items() if kernel.dense and others}
 
 
 def dense_form(matrix: Matrix) -> str:
