@@ -1,6 +1,6 @@
 """Several turns at once: tokens per second of all of them over those of one, as an engine runs it.
 
-    python benchmarks/batch.py [--model demo --model mini] [--turns 1 --turns 4] [--rounds 5]
+    python benchmarks/batch.py [--model demo] [--turns 1 --turns 4] [--rounds 5] [--write]
 
 What is timed: rounds in which every turn gets one token, sampled at temperature 1, its prompt fed
 before. A ratio of n would mean that n turns take no longer than one; 1, that they might as well
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each")
     parser.add_argument("--prompt", type=int, default=16, help="tokens before them")
     parser.add_argument("--tokens", type=int, default=2, help="tokens of each turn in one")
+    machine.add_write(parser, "batch")
     options = parser.parse_args()
     turns = sorted({1, *(options.turns or TURNS)})
     results = {
@@ -94,7 +95,8 @@ def main() -> None:
         )
         for name in options.model or ("demo", "mini")
     }
-    machine.finish(machine.record("batch", {"turns": turns, "results": results}))
+    found = {"turns": turns, "results": results}
+    machine.finish(machine.record("batch", found), keep=options.write)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Decode speed: our model and mlx-lm's, in one process, on the same arrays, in turn.
 
-    python benchmarks/decode.py [--rounds 7] [--tokens 2] [--prompt 64]
+    python benchmarks/decode.py [--rounds 7] [--tokens 2] [--prompt 64] [--write]
 
 What is timed: feeding one token and waiting for the best next one, with a prompt in the cache; no
 sampling beyond that, no text. Peak memory is that of a prompt and the tokens after it, weights
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], action="append", help="default: both"
     )
+    machine.add_write(parser, "decode_mini")
     options = parser.parse_args()
     for part, size in mini.card().items():
         print(f"a bfloat16 token reads {size / 1e6:8.1f} MB of {part}")
@@ -111,7 +112,8 @@ def main() -> None:
         )
         for dtype in options.dtype or ("bfloat16", "float32")
     }
-    machine.finish(machine.record("decode", {"card_bytes": mini.card(), "results": results}))
+    found = {"card_bytes": mini.card(), "results": results}
+    machine.finish(machine.record("decode", found), keep=options.write)
 
 
 if __name__ == "__main__":

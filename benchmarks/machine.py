@@ -2,8 +2,10 @@
 
 record = machine.record("decode", results)
 machine.finish(record)   # prints the record as the last line, one JSON object
+machine.finish(record, keep=options.write)   # and keeps it, after `machine.add_write(parser, ...)`
 """
 
+import argparse
 import json
 import platform
 import statistics
@@ -19,6 +21,7 @@ from typing import Any
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "tiktoken", "llguidance", "torch", "transformers")
 GIB = 2**30
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +174,20 @@ def record(benchmark: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return {"benchmark": benchmark, "command": command, "machine": facts(), **plain(results)}
 
 
-def finish(entry: Mapping[str, Any]) -> None:
-    """Print the record as one line of JSON, the last of standard output."""
+def add_write(parser: argparse.ArgumentParser, stem: str) -> None:
+    """The option `--write`, which names the file that `finish` keeps the record in, or None."""
+    path = RESULTS / f"{stem}_{sys.platform}.json"
+    shown = path.relative_to(RESULTS.parent.parent)
+    parser.add_argument(
+        "--write",
+        action="store_const",
+        const=path,
+        help=f"keep the record in {shown}, over the one that was there",
+    )
+
+
+def finish(entry: Mapping[str, Any], *, keep: Path | None = None) -> None:
+    """Print the record as one line of JSON, the last of standard output, and keep it if asked."""
     print(json.dumps(entry))
+    if keep is not None:
+        keep.write_text(json.dumps(entry, indent=1) + "\n")

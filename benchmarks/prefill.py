@@ -1,6 +1,6 @@
 """Prefill speed: our model and mlx-lm's, in one process, on the same arrays, in turn.
 
-    python benchmarks/prefill.py [--rounds 5] [--prompt 128]
+    python benchmarks/prefill.py [--rounds 5] [--prompt 128] [--write]
 
 What is timed: from an empty cache to the logits after the prompt's last token, each side as its own
 generator does it: mlx-lm feeds all tokens but the last, then the last; we feed the prompt once and
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], action="append", help="default: both"
     )
+    machine.add_write(parser, "prefill_mini")
     options = parser.parse_args()
     for part, size in mini.card().items():
         print(f"a bfloat16 token reads {size / 1e6:8.1f} MB of {part}")
@@ -82,7 +83,8 @@ def main() -> None:
         dtype: compare(dtype, rounds=options.rounds, prompt_length=options.prompt)
         for dtype in options.dtype or ("bfloat16", "float32")
     }
-    machine.finish(machine.record("prefill", {"card_bytes": mini.card(), "results": results}))
+    found = {"card_bytes": mini.card(), "results": results}
+    machine.finish(machine.record("prefill", found), keep=options.write)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Adds to mlx_gptoss/data/transcripts.json under the digest of the weights, so a m
 anew needs a new recording. The answer is taken from the CPU with kernels off: from the definition.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -46,4 +46,8 @@ def main(name: str, question: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("question")
+    options = parser.parse_args()
+    main(options.model, options.question)
