@@ -17,31 +17,27 @@ that reuses a cache may differ in the last bits from one that does not (`cache_b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_gptoss import library, memory, model
 from mlx_gptoss.cache_folder import CacheFolder, open_folder
-from mlx_gptoss.conversation import Answers, Messages, Tools, read_conversation
+from mlx_gptoss.conversation import Answers, Messages, Tools
 from mlx_gptoss.engine import MOST_AT_ONCE, Engine
-from mlx_gptoss.harmony import FinishReason, Message, ReasoningEffort, tool_result
-from mlx_gptoss.harmony.ledger import prepare_prompt
+from mlx_gptoss.harmony import FinishReason, Message, tool_result
 from mlx_gptoss.memory import Memory
-from mlx_gptoss.owner import Owner, Task
+from mlx_gptoss.owner import Owner
+from mlx_gptoss.request import Effort, Request
 from mlx_gptoss.rules import ToolChoice
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.stream import AsyncStream, Outbox, Stream
-from mlx_gptoss.structured import Guide
 from mlx_gptoss.table import EmbeddingPlace
 from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
 
 CACHE_BYTES = 2**30  # of keys and values kept between turns; less where memory is short
 CONCURRENT = 4  # turns at once; each makes the others slower, though less than its share
-
-Effort = ReasoningEffort | Literal["low", "medium", "high"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,15 +177,17 @@ class Runtime:
         """
         return Stream(
             self._submit(
-                messages,
-                instructions,
-                reasoning,
-                tools,
-                tool_choice,
-                response_format,
-                max_tokens,
-                sampling,
-                on_prefill,
+                Request(
+                    messages=messages,
+                    instructions=instructions,
+                    reasoning=reasoning,
+                    tools=tools,
+                    tool_choice=tool_choice,
+                    response_format=response_format,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    on_prefill=on_prefill,
+                )
             )
         )
 
@@ -208,14 +206,16 @@ class Runtime:
         """`stream` for `async for`, in any event loop."""
         return AsyncStream(
             self._submit(
-                messages,
-                instructions,
-                reasoning,
-                tools,
-                tool_choice,
-                response_format,
-                max_tokens,
-                sampling,
+                Request(
+                    messages=messages,
+                    instructions=instructions,
+                    reasoning=reasoning,
+                    tools=tools,
+                    tool_choice=tool_choice,
+                    response_format=response_format,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                )
             )
         )
 
@@ -232,17 +232,17 @@ class Runtime:
         sampling: SamplingParams | None = None,
     ) -> Reply:
         """`stream` to its end; returns what it came to."""
-        outbox = self._submit(
+        turn = self.stream(
             messages,
-            instructions,
-            reasoning,
-            tools,
-            tool_choice,
-            response_format,
-            max_tokens,
-            sampling,
+            instructions=instructions,
+            reasoning=reasoning,
+            tools=tools,
+            tool_choice=tool_choice,
+            response_format=response_format,
+            max_tokens=max_tokens,
+            sampling=sampling,
         )
-        with Stream(outbox) as stream:
+        with turn as stream:
             return stream.reply()
 
     async def arespond(
@@ -258,17 +258,17 @@ class Runtime:
         sampling: SamplingParams | None = None,
     ) -> Reply:
         """`respond` without blocking the event loop; cancelling the task cancels the turn."""
-        outbox = self._submit(
+        turn = self.astream(
             messages,
-            instructions,
-            reasoning,
-            tools,
-            tool_choice,
-            response_format,
-            max_tokens,
-            sampling,
+            instructions=instructions,
+            reasoning=reasoning,
+            tools=tools,
+            tool_choice=tool_choice,
+            response_format=response_format,
+            max_tokens=max_tokens,
+            sampling=sampling,
         )
-        async with AsyncStream(outbox) as stream:
+        async with turn as stream:
             return await stream.reply()
 
     def run_tools(
@@ -330,49 +330,8 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(
-        self,
-        messages: Messages,
-        instructions: str | None,
-        reasoning: Effort | None,
-        tools: Tools,
-        tool_choice: ToolChoice,
-        response_format: Answers | None,
-        max_tokens: int | None,
-        sampling: SamplingParams | None,
-        on_prefill: Callable[[int, int], None] | None = None,
-    ) -> Outbox:
+    def _submit(self, request: Request) -> Outbox:
         self._owner.check()
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens: expected a whole number >= 1 or None, got {max_tokens}")
-        conversation = read_conversation(
-            messages,
-            date=date.today().isoformat(),
-            instructions=instructions,
-            reasoning=reasoning,
-            tools=tools,
-            tool_choice=tool_choice,
-            response_format=response_format,
-        )
-        prompt = prepare_prompt(conversation.messages)
-        context = len(prompt.tokens)
-        if self._admission is not None:
-            context = self._admission.grant(context, max_tokens)
-            if max_tokens is None:
-                max_tokens = max(context - len(prompt.tokens), 1)
-        guide = None if conversation.rules is None else Guide(conversation.rules)
-        outbox = Outbox(self._owner.wake)
-        self._owner.submit(
-            Task(
-                prompt=prompt,
-                head=prompt.ends[conversation.head - 1],
-                recipients=conversation.recipients,
-                sampling=(sampling or SamplingParams()).seeded(),
-                max_tokens=max_tokens,
-                context=context,
-                guide=guide,
-                outbox=outbox,
-                on_prefill=on_prefill,
-            )
-        )
-        return outbox
+        task = request.task(admission=self._admission, outbox=Outbox(self._owner.wake))
+        self._owner.submit(task)
+        return task.outbox

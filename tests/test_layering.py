@@ -44,7 +44,7 @@ LAYERS = [
     ["prefix_cache"],
     ["bench_text", "memory"],
     ["owner"],
-    ["bench_report"],
+    ["bench_report", "request"],
     ["runtime"],
     ["cli"],
     ["__main__"],
