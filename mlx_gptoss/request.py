@@ -10,10 +10,9 @@ from mlx_gptoss.harmony import ReasoningEffort
 from mlx_gptoss.harmony.ledger import prepare_prompt
 from mlx_gptoss.memory import Memory
 from mlx_gptoss.owner import Task
-from mlx_gptoss.rules import ToolChoice
+from mlx_gptoss.rules import ToolChoice, TurnRules
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.stream import Outbox
-from mlx_gptoss.structured import Guide
 
 Effort = ReasoningEffort | Literal["low", "medium", "high"]
 
@@ -32,8 +31,8 @@ class Request:
     sampling: SamplingParams | None
     on_prefill: Callable[[int, int], None] | None = None
 
-    def task(self, *, admission: Memory | None, outbox: Outbox) -> Task:
-        """The turn for the thread that owns the model.
+    def read(self, *, admission: Memory | None, outbox: Outbox) -> tuple[Task, TurnRules | None]:
+        """The turn for the thread that owns the model, and the rules that it has no guide for yet.
 
         Args:
             admission: Says what to reserve; None reserves what is asked for.
@@ -42,7 +41,6 @@ class Request:
         Raises:
             HarmonyError: See `Runtime.stream`.
             MachineError: See there.
-            SchemaError: See there.
             ValueError: See there.
         """
         max_tokens = self.max_tokens
@@ -63,14 +61,15 @@ class Request:
             context = admission.grant(context, max_tokens)
             if max_tokens is None:
                 max_tokens = max(context - len(prompt.tokens), 1)
-        return Task(
+        task = Task(
             prompt=prompt,
             head=prompt.ends[conversation.head - 1],
             recipients=conversation.recipients,
             sampling=(self.sampling or SamplingParams()).seeded(),
             max_tokens=max_tokens,
             context=context,
-            guide=None if conversation.rules is None else Guide(conversation.rules),
+            guide=None,
             outbox=outbox,
             on_prefill=self.on_prefill,
         )
+        return task, conversation.rules

@@ -16,7 +16,8 @@ that reuses a cache may differ in the last bits from one that does not (`cache_b
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +28,12 @@ from mlx_gptoss.conversation import Answers, Messages, Tools
 from mlx_gptoss.engine import MOST_AT_ONCE, Engine
 from mlx_gptoss.harmony import FinishReason, Message, tool_result
 from mlx_gptoss.memory import Memory
-from mlx_gptoss.owner import Owner
+from mlx_gptoss.owner import Owner, Task
 from mlx_gptoss.request import Effort, Request
-from mlx_gptoss.rules import ToolChoice
+from mlx_gptoss.rules import ToolChoice, TurnRules
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.stream import AsyncStream, Outbox, Stream
+from mlx_gptoss.structured import Guide
 from mlx_gptoss.table import EmbeddingPlace
 from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
@@ -85,6 +87,7 @@ class Runtime:
         self._owner = Owner(
             load, memory=admission, cache_bytes=cache_bytes, files=files, concurrent=concurrent
         )
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="mlx-gptoss-schemas")
 
     @classmethod
     def open(
@@ -158,8 +161,8 @@ class Runtime:
                 the model's thread: it must be quick, and what it raises ends the turn.
 
         A turn whose events nobody reads stands still after some, and keeps its place among those at
-        once. Messages are read and schemas compiled before this returns, in `astream` and
-        `arespond` too; the first schema of a process takes a second or more.
+        once. Messages are read and schemas compiled before this returns; the first schema of a
+        process takes a second or more.
 
         Strict tools, another choice than "auto" and a response format need the extra `structured`.
         An answer that `max_tokens` cuts (`FinishReason.LENGTH`) is the beginning of one that
@@ -203,9 +206,13 @@ class Runtime:
         max_tokens: int | None = None,
         sampling: SamplingParams | None = None,
     ) -> AsyncStream:
-        """`stream` for `async for`, in any event loop."""
+        """`stream` for `async for`, in any event loop.
+
+        Schemas are compiled in a thread of their own, so a `SchemaError` is raised while the
+        events are read.
+        """
         return AsyncStream(
-            self._submit(
+            self._submit_soon(
                 Request(
                     messages=messages,
                     instructions=instructions,
@@ -323,6 +330,7 @@ class Runtime:
     def close(self) -> None:
         """Cancel every turn and free the memory; does nothing the second time."""
         self._owner.close()
+        self._compiler.shutdown()
 
     def __enter__(self) -> "Runtime":
         return self
@@ -331,7 +339,34 @@ class Runtime:
         self.close()
 
     def _submit(self, request: Request) -> Outbox:
-        self._owner.check()
-        task = request.task(admission=self._admission, outbox=Outbox(self._owner.wake))
-        self._owner.submit(task)
+        task, rules = self._read(request)
+        self._guide(task, rules)
         return task.outbox
+
+    def _submit_soon(self, request: Request) -> Outbox:
+        """For event loops, which must not wait while schemas are compiled."""
+        task, rules = self._read(request)
+        if rules is None:
+            self._owner.submit(task)
+            return task.outbox
+        try:
+            self._compiler.submit(self._guide_later, task, rules)
+        except RuntimeError:
+            self._owner.check()  # closed meanwhile
+            raise
+        return task.outbox
+
+    def _read(self, request: Request) -> tuple[Task, TurnRules | None]:
+        self._owner.check()
+        return request.read(admission=self._admission, outbox=Outbox(self._owner.wake))
+
+    def _guide(self, task: Task, rules: TurnRules | None) -> None:
+        self._owner.submit(task if rules is None else replace(task, guide=Guide(rules)))
+
+    def _guide_later(self, task: Task, rules: TurnRules) -> None:
+        try:
+            self._owner.check()
+            if not task.outbox.cancelled:
+                self._guide(task, rules)
+        except Exception as error:  # nobody looks at this thread: whoever reads is told
+            task.outbox.put(error)
