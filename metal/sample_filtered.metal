@@ -2,8 +2,8 @@
 //   token = the kept v of largest logits[v] / temperature + noise, ties to the lower id; logprob as in sample_token
 //   kept, with tokens in the order of falling logit, then rising id, and p = softmax(allowed logits):
 //   the first k;  of these, while the mass before them is < top_p of theirs;  of these, logit >= max + log(min_p)
-// Inputs:    best (B,TILES,4) f32 from unembed: m and sum in columns 2 and 3; logits (B,V) f32; allowed (V,) u8;
-//            control (B,8) i32: position, base, slot, seed low, seed high;
+// Inputs:    best (B,TILES,4) f32 from unembed: m and sum in columns 2 and 3; logits (B,V) f32; allowed (B,V/32) u32,
+//            as there; control (B,8) i32: position, base, slot, seed low, seed high;
 //            sampling (B,8) f32: temperature, top-k (0: off), top-p (1: off), min-p (0: off)
 // Output:    token (B,) i32; logprob (B,) f32, of temperature 1; next (B,8) i32: control with position + 1, slot + 1
 // Grid:      B threadgroups of 16 simdgroups. A filter takes 3 passes over the logits, each a histogram of 2048 bins, in
@@ -22,7 +22,7 @@ constant constexpr uint THREADS = 512, GROUPS = THREADS / 32, BINS = 2048;
 // One row's logits, and which of them are still kept.
 struct Row {
   const device float* logits;
-  const device uchar* allowed;
+  const device uint* allowed;
   float high, total;  // of the allowed logits: the maximum, sum exp(logit - high)
   ulong last;         // the place of the last token kept
 
@@ -31,7 +31,7 @@ struct Row {
   METAL_FUNC uint mass(uint distance) const {
     return uint(metal::exp(float(distance) * -2.9802322387695312e-8f) / total * 2147483648.0f + 0.5f);
   }
-  METAL_FUNC bool keeps(uint v) const { return allowed[v] && place(distance(v), v) <= last; }
+  METAL_FUNC bool keeps(uint v) const { return (allowed[v / 32] >> v % 32 & 1) && place(distance(v), v) <= last; }
 };
 
 // The sum over the threadgroup, the same in every thread; and the sum of the threads before this one.
@@ -96,14 +96,14 @@ METAL_FUNC ulong keep_first(
 
 template <int V, int TILES, typename Tokens, typename Probs>
 METAL_FUNC void sample_filtered(
-    const device float* best, const device float* logits, const device uchar* allowed, const device int* control,
+    const device float* best, const device float* logits, const device uint* allowed, const device int* control,
     const device float* sampling, Tokens token, Probs logprob, device int* next, threadgroup uint* bins, threadgroup uint* sums,
     threadgroup float* floats, uint3 tile, uint thread_id, uint lane, uint group) {
   const uint b = tile.x;
   sampling += b * 8;
   control += b * 8;
   if (thread_id < 8) next[b * 8 + thread_id] = control[thread_id] + (thread_id == 0 || thread_id == 2);
-  Row row = {logits + ulong(b) * V, allowed, -INFINITY, 0.0f, ~0ul};
+  Row row = {logits + ulong(b) * V, allowed + b * (V / 32), -INFINITY, 0.0f, ~0ul};
   const device float4* tiles = (const device float4*)best + ulong(b) * TILES;
   for (uint i = thread_id; i < TILES; i += THREADS) row.high = max(row.high, tiles[i].z);
   row.high = simd_max(row.high);

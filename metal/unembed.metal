@@ -1,14 +1,14 @@
 // unembed: the final norm, the logits of the whole vocabulary, and each threadgroup's candidate for the next token.
 //   y = x / sqrt(mean(x^2) + eps) * norm;  logits[v] = W[v,:] . y
 //   candidate: the allowed v of largest logits[v] / temperature + gumbel(seed, position + 1, v), without noise at 0
-// Inputs:    x (B,D) T; norm (D,) W; weight (V,D) in format F; allowed (V,) u8; control (B,8) i32: position, base, slot,
-//            seed low, seed high; temperature (B,8) f32, in column 0, 0 is greedy
+// Inputs:    x (B,D) T; norm (D,) W; weight (V,D) in format F; allowed (B,V/32) u32: v is bit v % 32 of word v / 32;
+//            control (B,8) i32: position, base, slot, seed low, seed high; temperature (B,8) f32, in column 0, 0 is greedy
 // Output:    logits (B,V) f32; best (B,V/64,4) f32: score, id, and over the allowed logits m = max, sum exp(logit - m)
 // Grid:      V/64 threadgroups of 64 rows in 4 rounds, one simdgroup for each third of D (matvec.h): 96 threads,
 //            3142 groups; 64 rows so that a group's one read of x and norm is 2% of its weights. In a batch R = 2 vectors
 //            a simdgroup and up to 4 such blocks a threadgroup, as in norm_qkv_rope; deep enough for B.
 // Numerics:  float32 throughout; ids are exact in float32 (V < 2^24). The noise is sampling.gumbel's (gumbel.h).
-// Requires:  V % 64 == 0, V < 2^24; D fills whole simdgroups (matvec.h); checked in kernels.unembed.
+// Requires:  V % 64 == 0, 256 <= V < 2^24; D fills whole simdgroups (matvec.h); checked in kernels.unembed.
 // Used when: a decode step ends.
 // Not fused: the choice between threadgroups (sample_token); MLX has no ordering between groups of one dispatch.
 // Source:    our own.
@@ -18,7 +18,7 @@
 // The 64 logits of a vector in this threadgroup, and its candidate among them, by one simdgroup.
 template <int D, int V, int groups>
 METAL_FUNC void finish(
-    const threadgroup float* sums, const device uchar* allowed, const device int* control, float divisor,
+    const threadgroup float* sums, const device uint* allowed, const device int* control, float divisor,
     device float* logits, device float* best, float eps, uint tile, uint lane) {
   float square = 0;
   UNROLL for (int g = 0; g < groups; g++) square += sums[g * 65 + 64];
@@ -31,8 +31,9 @@ METAL_FUNC void finish(
     UNROLL for (int g = 0; g < groups; g++) logit += sums[g * 65 + row];
     logit *= scale;
     logits[v] = logit;
-    own[i] = allowed[v] ? logit : -INFINITY;
-    const float candidate = allowed[v] ? score_of(logit, divisor, control, v) : -INFINITY;
+    const bool may = allowed[tile * 2 + i] >> lane & 1;
+    own[i] = may ? logit : -INFINITY;
+    const float candidate = may ? score_of(logit, divisor, control, v) : -INFINITY;
     id = candidate > score ? v : id;
     score = max(score, candidate);
   }
@@ -52,7 +53,7 @@ METAL_FUNC void finish(
 
 template <int D, int V, int R, int BLOCKS, typename F, typename T, typename W>
 METAL_FUNC void unembed(
-    const device T* x, const device W* norm, F weight, const device uchar* allowed, const device int* control,
+    const device T* x, const device W* norm, F weight, const device uint* allowed, const device int* control,
     const device float* temperature, device float* logits, device float* best, threadgroup float* sums, float eps,
     uint batch, uint3 tile, uint lane, uint group) {
   constexpr int groups = Split<D>::groups, vectors = R * BLOCKS;
@@ -70,7 +71,7 @@ METAL_FUNC void unembed(
   for (uint vector = group; vector < uint(vectors); vector += groups * BLOCKS) {
     const uint b = first + vector;
     if (R == 1 || b < batch)
-      finish<D, V, groups>(sums + vector * groups * 65, allowed, control + b * 8, temperature[b * 8], logits + ulong(b) * V,
-                           best + ulong(b) * (V / 64) * 4, eps, tile.x, lane);
+      finish<D, V, groups>(sums + vector * groups * 65, allowed + b * (V / 32), control + b * 8, temperature[b * 8],
+                           logits + ulong(b) * V, best + ulong(b) * (V / 64) * 4, eps, tile.x, lane);
   }
 }

@@ -20,6 +20,8 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from mlx_gptoss.cache import ModelCache, Segment
 from mlx_gptoss.config import FULL
@@ -30,7 +32,7 @@ from mlx_gptoss.kernels.batches import groups_experts
 from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import SamplingParams, packed
 
 CONTROL = 8  # columns: position, base, slot, seed low, seed high; 8 make MLX pass a device pointer
 MOST_TRACES = 64  # of one compiled function, which keeps them all: one for each set of shapes
@@ -43,12 +45,14 @@ class Decoder:
         model: whose weights it reads; they are arguments of the compiled function, not constants,
             and should be evaluated: what is lazy is computed again in every step.
         kernels: what runs each operation.
-        allowed: (V,) bool or uint8, ids that may be sampled.
+        allowed: (V,), true for ids that may be sampled.
     """
 
-    def __init__(self, model: Model, *, kernels: KernelSet, allowed: mx.array):
+    def __init__(self, model: Model, *, kernels: KernelSet, allowed: npt.ArrayLike):
         self.model, self.kernels = model, kernels
-        self.weights = weights_of(model, allowed.astype(mx.uint8))
+        self.weights = weights_of(model)
+        self._allowed = packed(allowed)
+        self._masks: dict[int, mx.array] = {}
         table = model.embedding
         self._table = table if isinstance(table, Matrix) else table.rows(mx.array([0]))
         self.traces = self._forgotten = 0
@@ -62,6 +66,7 @@ class Decoder:
         token: mx.array,
         control: mx.array,
         sampling: mx.array,
+        allowed: mx.array,
         weights: Weights,
         *,
         filtered: bool,
@@ -75,6 +80,7 @@ class Decoder:
             token: (B,) int32, rows of the embedding in `weights`.
             control: (B, 8) int32.
             sampling: (B, 8) float32, see `kernels.sample_filtered`.
+            allowed: (B, V/32) uint32, see `sampling.packed`.
             weights: as `Decoder.weights`.
             filtered: some row has a top-k, top-p or min-p.
 
@@ -120,14 +126,14 @@ class Decoder:
             x,
             weights["norm"],
             given(model.unembedding, weights["unembedding"]),
-            allowed=weights["allowed"],
+            allowed=allowed,
             control=control,
             temperature=sampling,
             eps=eps,
         )
         if filtered:
             token, logprob, control = k.sample_filtered(
-                best, logits, allowed=weights["allowed"], control=control, sampling=sampling
+                best, logits, allowed=allowed, control=control, sampling=sampling
             )
         else:
             token, logprob, control = k.sample_token(best, logits, control=control)
@@ -180,6 +186,12 @@ class Decoder:
         rows = arrays_of(table.rows(token))
         return mx.arange(token.size, dtype=mx.int32), self.weights | {"embedding": rows}
 
+    def allowed(self, rows: int) -> mx.array:
+        """What may be sampled by so many rows, (rows, V/32) uint32."""
+        if rows not in self._masks:
+            self._masks[rows] = mx.array(np.tile(self._allowed, (rows, 1)))
+        return self._masks[rows]
+
     def start(
         self,
         cache: ModelCache,
@@ -225,6 +237,7 @@ class Decoder:
             fed,
             batch.control,
             batch.sampling,
+            self.allowed(batch.token.size),
             weights,
         )
         after = StepArrays(

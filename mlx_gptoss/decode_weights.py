@@ -26,8 +26,8 @@ def given(matrix: Matrix, arrays: dict[str, mx.array]) -> Matrix:
     return replace(matrix, **arrays)
 
 
-def weights_of(model: Model, allowed: mx.array) -> Weights:
-    """What the step reads of a model, evaluated, and (V,) uint8 of ids that may be sampled."""
+def weights_of(model: Model) -> Weights:
+    """What the step reads of a model, evaluated."""
     layers = []
     for attention, moe in model.layers:
         matrices = {"q": attention.q, "k": attention.k, "v": attention.v, "out": attention.out}
@@ -36,7 +36,7 @@ def weights_of(model: Model, allowed: mx.array) -> Weights:
         layer |= {"norm": attention.norm, "sinks": attention.sinks, "moe_norm": moe.norm}
         layers.append(layer)
     rope = (model.rope.coarse, model.rope.fine)
-    mx.eval(rope, allowed)
+    mx.eval(rope)
     table = model.embedding
     return {
         "embedding": arrays_of(table) if isinstance(table, Matrix) else {},
@@ -44,5 +44,4 @@ def weights_of(model: Model, allowed: mx.array) -> Weights:
         "norm": model.norm,
         "unembedding": arrays_of(model.unembedding),
         "rope": rope,
-        "allowed": allowed,
     }

@@ -108,7 +108,9 @@ def step_arguments(decoder: Decoder, *, rows: int, capacity: int) -> tuple[Any, 
     append = [segment(rows, ROWS) for _ in c.layer_types]
     token, control = mx.zeros((rows,), mx.int32), mx.zeros((rows, CONTROL), mx.int32)
     sampling = mx.zeros((rows, SAMPLING))
-    return [frozen() for _ in range(rows)], append, token, control, sampling, decoder.weights
+    allowed = decoder.allowed(rows)
+    frozens = [frozen() for _ in range(rows)]
+    return frozens, append, token, control, sampling, allowed, decoder.weights
 
 
 def count_step(decoder: Decoder, *, rows: int, capacity: int) -> Counted:

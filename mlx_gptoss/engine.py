@@ -75,7 +75,7 @@ class Engine:
             raise ValueError(f"prefill_chunk: expected a whole number >= 1, got {prefill_chunk}")
         self.model = model
         self.pacer = ChunkPacer(prefill_chunk, target_s=chunk_target_s)
-        self.allowed = mx.array(allowed.tolist())
+        self._allowed = allowed
         self._decoder: Decoder | None = None
         # MLX keeps the inputs of work in flight, not its outputs: whoever drops a step holds it
         # here until later work has been waited for, so that its buffers are not given away. Each
@@ -94,13 +94,13 @@ class Engine:
 
         The kernels take them where some are used and nothing guides them.
         """
-        plain = ModelSteps(self.model, cache, sampling=sampling, allowed=self.allowed, guide=guide)
+        plain = ModelSteps(self.model, cache, sampling=sampling, allowed=self._allowed, guide=guide)
         token = plain.first(logits)
         kernels = self.model.kernels
         if guide or not kernels.used:
             return token, plain
         if self._decoder is None:
-            self._decoder = Decoder(self.model, kernels=kernels, allowed=self.allowed)
+            self._decoder = Decoder(self.model, kernels=kernels, allowed=self._allowed)
         # `plain` ends here: its snapshot would turn every merge into a copy
         return token, KernelSteps(self._decoder, cache, sampling=sampling)
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from mlx_gptoss.matrix import on_cpu
 
@@ -95,6 +97,26 @@ class SamplingRows:
             sorts=any(p.top_p < 1 or p.top_k is not None for p in drawing),
             ranks=max((min(p.top_k or off, off) for p in drawing), default=off),
         )
+
+
+def packed(flags: npt.ArrayLike) -> npt.NDArray[np.uint32]:
+    """A flag for each id as bits, of id v bit v % 32 of word v // 32.
+
+    Args:
+        flags: (..., V), true for ids that may be chosen.
+
+    Returns:
+        (..., V/32 rounded up) uint32; bits beyond V are 0.
+    """
+    flags = np.asarray(flags) > 0
+    rest = [(0, 0)] * (flags.ndim - 1) + [(0, -flags.shape[-1] % 32)]
+    return np.packbits(np.pad(flags, rest), axis=-1, bitorder="little").view("<u4")
+
+
+def unpacked(bits: mx.array, size: int) -> mx.array:
+    """The first `size` flags of `packed`: (..., words) uint32 to (..., size) bool."""
+    flags = (bits[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return flags.astype(mx.bool_).reshape(*bits.shape[:-1], -1)[..., :size]
 
 
 def sample(

@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from typing import Protocol, Self
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from mlx_gptoss.cache import ModelCache, ModelSnapshot
 from mlx_gptoss.decode import Decoder
 from mlx_gptoss.decode_state import ROWS, Decoding
 from mlx_gptoss.model import Model
-from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample, unpacked
 
 
 class Guide(Protocol):
     """Decides which tokens may come next; see `structured.Guide`."""
 
-    def allowed(self) -> mx.array:
-        """(V,) bool, at least one true."""
+    def allowed(self) -> npt.NDArray[np.uint32]:
+        """Bits as in `sampling.packed`, at least one of them set."""
         ...
 
     def accept(self, token: int) -> None:
@@ -71,7 +73,7 @@ class ModelSteps:
         model: The model.
         cache: Of the prompt; it is always up to date.
         sampling: With a seed.
-        allowed: (V,) bool.
+        allowed: (V,), true for ids that may be sampled.
         guide: Narrows it, token by token.
     """
 
@@ -81,12 +83,12 @@ class ModelSteps:
         cache: ModelCache,
         *,
         sampling: SamplingParams,
-        allowed: mx.array,
+        allowed: npt.NDArray[np.bool_],
         guide: Guide | None,
     ) -> None:
         self._model, self._cache, self._guide = model, cache, guide
         self._rows = SamplingRows.pack([sampling])
-        self._every = self._allowed = allowed
+        self._every, self._allowed = packed(allowed), mx.array(allowed)
         self._kept: ModelSnapshot | None = None
         self.ready()
 
@@ -122,7 +124,8 @@ class ModelSteps:
         """See `Steps`."""
         self._kept = None
         if self._guide is not None:
-            self._allowed = self._every & self._guide.allowed()
+            bits = mx.array(self._every & self._guide.allowed())
+            self._allowed = unpacked(bits, self._allowed.size)
 
     def keep(self) -> None:
         """See `Steps`."""

@@ -13,8 +13,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any, TypeGuard
 
-import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.harmony import ToolDescription
@@ -63,8 +63,11 @@ class Guide:
             raise SchemaError(_fault(rules) or self._failure())
         self._bits = np.zeros((1, (N_VOCAB + 31) // 32), np.int32)
 
-    def allowed(self) -> mx.array:
-        """(V,) bool: the tokens that may come next.
+    def allowed(self) -> npt.NDArray[np.uint32]:
+        """The tokens that may come next, as bits; see `sampling.packed`.
+
+        Returns:
+            (V/32,) uint32, overwritten by the next call.
 
         Raises:
             SchemaError: llguidance gave up, at one of its limits.
@@ -73,9 +76,7 @@ class Guide:
         fill(self._matcher, self._bits)
         if self._matcher.is_error():
             raise SchemaError(self._failure())
-        words = mx.array(self._bits.view(np.uint32)[0])
-        bits = (words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-        return bits.astype(mx.bool_).reshape(-1)[:N_VOCAB]
+        return self._bits.view(np.uint32)[0]
 
     def accept(self, token: int) -> None:
         """Note the token that was chosen."""

@@ -26,7 +26,7 @@ from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import KernelSet, all_definitions, all_kernels
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import Model
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import SamplingParams, packed
 
 VOCAB = 320
 SAMPLINGS = [
@@ -215,8 +215,8 @@ class Following:
     def __init__(self) -> None:
         self._parity = 0
 
-    def allowed(self) -> mx.array:
-        return mx.arange(VOCAB) % 2 == self._parity
+    def allowed(self) -> np.ndarray:
+        return packed(np.arange(VOCAB) % 2 == self._parity)
 
     def accept(self, token: int) -> None:
         assert token % 2 == self._parity, "the mask was another turn's, or of another token"

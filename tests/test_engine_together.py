@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hash_model import GREEDY, PROMPT, HashCache, HashModel, assert_cache_holds, engine, greedy
 
@@ -45,7 +46,7 @@ def test_a_fault_is_of_the_generation_that_made_it() -> None:
     """But for a step that all took together, which fails all."""
 
     class Wrong:
-        def allowed(self) -> mx.array:
+        def allowed(self) -> np.ndarray:
             raise ZeroDivisionError("no mask")
 
         def accept(self, token: int) -> None: ...

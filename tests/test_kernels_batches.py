@@ -19,8 +19,8 @@ from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate, ptx
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_A_ROW = ("x", "control", "append", "residual", "logits", "temperature", "h")
-SIZES = replace(Sizes(), capacity=320, base=310, vocab=192, slot=0, rows=1)
+OF_A_ROW = ("x", "control", "append", "residual", "logits", "temperature", "h", "allowed")
+SIZES = replace(Sizes(), capacity=320, base=310, vocab=256, slot=0, rows=1)
 
 
 def rows(arguments: Arguments, chosen: list[int]) -> Arguments:

@@ -15,7 +15,7 @@ import pytest
 from mlx_gptoss.kernels.cases import Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate
-from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample, unpacked
 
 KERNEL = KERNELS["sample_filtered"]
 ROWS = 96
@@ -30,7 +30,7 @@ def given(vocab: int, rows: int, **filters: float) -> dict[str, Any]:
     return {
         "best": mx.repeat(case["best"], rows, axis=0),
         "logits": mx.repeat(case["logits"], rows, axis=0),
-        "allowed": case["allowed"],
+        "allowed": mx.repeat(case["allowed"], rows, axis=0),
         "control": control,
         "sampling": mx.array([[*values, 0, 0, 0, 0]] * rows, dtype=mx.float32),
     }
@@ -39,7 +39,7 @@ def given(vocab: int, rows: int, **filters: float) -> dict[str, Any]:
 def kept(arguments: dict[str, Any]) -> set[int]:
     """The tokens a row keeps, by numpy in float64."""
     logits = np.array(arguments["logits"][0], np.float64)
-    allowed = np.array(arguments["allowed"]) > 0
+    allowed = unpacked(arguments["allowed"], logits.size)[0].tolist()
     _, top_k, top_p, min_p = arguments["sampling"][0, :4].tolist()
     order = [v for v in np.argsort(-logits, kind="stable") if allowed[v]]
     order = order[: int(top_k) or None]
@@ -93,9 +93,9 @@ def test_all_logits_equal() -> None:
         token, logprob, _ = KERNEL.launch(**arguments | {"logits": zeros, "best": flat})
         assert set(token.tolist()) == {1, 2, 3}
         assert abs(logprob[0].item() + math.log(563)) < 1e-5
-        only = (mx.arange(704) == 77).astype(mx.uint8)
-        token, _, _ = KERNEL.launch(**arguments | {"allowed": only})
-    assert set(token.tolist()) == {77}
+        only = np.arange(704) == np.arange(77, 117)[:, None]
+        token, _, _ = KERNEL.launch(**arguments | {"allowed": mx.array(packed(only))})
+    assert token.tolist() == list(range(77, 117)), "each row has a mask of its own"
 
 
 def test_a_row_without_filters_is_sample_token_s() -> None:
@@ -130,6 +130,6 @@ def test_definition_is_sampling() -> None:
         arguments["logits"],
         mx.array([41, 42, 43]),
         rows=SamplingRows.pack(params),
-        allowed=arguments["allowed"] > 0,
+        allowed=unpacked(arguments["allowed"], 704),
     )
     assert KERNEL.define(**arguments)[0].tolist() == want.tolist()

@@ -29,7 +29,7 @@ from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import dense_forms
 
-SIZES = Sizes(hidden=128, inter=96, vocab=128, capacity=64, base=50, slot=5, rows=32)
+SIZES = Sizes(hidden=128, inter=96, vocab=256, capacity=64, base=50, slot=5, rows=32)
 
 
 def choose(

@@ -4,6 +4,8 @@ import json
 import re
 import sys
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import scripted
 
@@ -12,10 +14,10 @@ from mlx_gptoss.errors import HarmonyError, SchemaError
 from mlx_gptoss.harmony import BROWSER, PYTHON, FinishReason, ResponseFormat, ToolDescription
 from mlx_gptoss.rules import TurnRules
 from mlx_gptoss.runtime import Runtime
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import SamplingParams, unpacked
 from mlx_gptoss.structured import Guide
 from mlx_gptoss.turn import harmony_engine
-from mlx_gptoss.vocabulary import N_TEXT, Special, load_vocabulary
+from mlx_gptoss.vocabulary import N_TEXT, N_VOCAB, Special, load_vocabulary
 
 pytest.importorskip("llguidance")
 
@@ -150,10 +152,15 @@ def may_write(script: str, *, tools=TOOLS, **options) -> bool:
     return passes(Guide(rules), script)
 
 
+def allowed(guide: Guide) -> np.ndarray:
+    """The tokens that may come next, (V,) bool."""
+    return np.array(unpacked(mx.array(guide.allowed()), N_VOCAB))
+
+
 def passes(guide: Guide, script: str) -> bool:
     """Whether a guide allows every token of a script in its turn."""
     for token in load_vocabulary().encoding.encode(script, allowed_special="all"):
-        if not guide.allowed()[token].item():
+        if not allowed(guide)[token]:
             return False
         guide.accept(token)
     return True
@@ -247,10 +254,10 @@ def test_spellings_of_control_tokens_in_a_schema_are_text() -> None:
     head = load_vocabulary().encoding.encode("<|channel|>final<|message|>", allowed_special="all")
     body = load_vocabulary().encode(json.dumps(schema["const"]))
     for token in [*head, *body]:
-        allowed = guide.allowed()
-        assert allowed[token].item() and (token in head or not allowed[N_TEXT:].any().item())
+        flags = allowed(guide)
+        assert flags[token] and (token in head or not flags[N_TEXT:].any())
         guide.accept(token)
-    assert guide.allowed()[Special.RETURN].item()
+    assert allowed(guide)[Special.RETURN]
 
 
 def guide_of(schema) -> Guide:

@@ -38,7 +38,7 @@ def drawn_answer(schema: Schema, *, seed: int) -> str | None:
         guide.accept(token)
     tokens: list[int] = []
     while len(tokens) < MOST:
-        ids = np.flatnonzero(np.array(guide.allowed()))
+        ids = np.flatnonzero(np.unpackbits(guide.allowed().view(np.uint8), bitorder="little"))
         token = int(ids[rng.integers(ids.size)])
         if token == Special.RETURN:
             return load_vocabulary().decode(tokens)

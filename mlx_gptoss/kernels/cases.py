@@ -15,6 +15,7 @@ from mlx_gptoss.kernels.matrix import simdgroups
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.reference import choose_experts
+from mlx_gptoss.sampling import packed
 
 Dense = Literal["plain", "q8", "q4"]
 Arguments = dict[str, Any]
@@ -305,13 +306,12 @@ def expert_dispatch(make: Inputs) -> Arguments:
 def unembed(make: Inputs) -> Arguments:
     """Inputs of `kernels.unembed`: row 0 greedy, the others drawn; one tile has no allowed id."""
     s = make.sizes
-    ids = mx.arange(s.vocab)
     temperature = mx.zeros((s.batch, 8)) + 0.7 * (mx.arange(s.batch) > 0)[:, None]
     return {
         "x": make.normal(s.batch, s.hidden, scale=3),
         "norm": make.normal(s.hidden),
         "matrix": make.matrix(s.vocab, s.hidden, bias=False),
-        "allowed": ((ids % 5 > 0) & (ids // 64 != 1)).astype(mx.uint8),
+        "allowed": mx.array(packed(_allowed(s) & (np.arange(s.vocab) // 64 != 1))),
         "control": make.control(),
         "temperature": temperature,
         "eps": 1e-5,
@@ -332,18 +332,23 @@ def sample_filtered(make: Inputs) -> Arguments:
     Many logits are equal; at 1e4 degrees any token that is kept may be drawn.
     """
     s = make.sizes
-    allowed = mx.arange(s.vocab) % 5 > 0
+    allowed = _allowed(s)
     logits = mx.round(make.normal(s.batch, s.vocab, scale=3).astype(mx.float32))
     filters = [(1e4, 5, 1, 0), (1e4, 0, 0.3, 0), (1e4, 0, 1, 0.3), (2, 70, 0.8, 0.001),
                (0, 3, 0.5, 0), (0.8, 0, 1, 0), (1e4, 40, 0.5, 0)]  # fmt: skip
     rows = [[*filters[row % 7], 0, 0, 0, 0] for row in range(s.batch)]
     return {
-        "best": _candidates(mx.where(allowed, logits, -mx.inf)),
+        "best": _candidates(mx.where(mx.array(allowed), logits, -mx.inf)),
         "logits": logits,
-        "allowed": allowed.astype(mx.uint8),
+        "allowed": mx.array(packed(allowed)),
         "control": make.control(),
         "sampling": mx.array(rows, dtype=mx.float32),
     }
+
+
+def _allowed(sizes: Sizes) -> np.ndarray:
+    """(B, V) bool: all but each fifth id, in each row others."""
+    return (np.arange(sizes.vocab) + np.arange(sizes.batch)[:, None]) % 5 > 0
 
 
 def _candidates(logits: mx.array) -> mx.array:

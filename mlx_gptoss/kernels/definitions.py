@@ -16,7 +16,7 @@ from mlx_gptoss.kernels.matrix import simdgroups
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.rope import RopeTable
-from mlx_gptoss.sampling import SamplingRows, gumbel, sample
+from mlx_gptoss.sampling import SamplingRows, gumbel, sample, unpacked
 
 
 def embed(token: mx.array, matrix: Matrix, *, width: int, dtype: mx.Dtype) -> mx.array:
@@ -244,7 +244,7 @@ def unembed(
     """See `kernels.unembed`."""
     logits = reference.final_logits(reference.rms_norm(x, norm, eps=eps), matrix)
     batch, vocabulary = logits.shape
-    masked = mx.where(allowed, logits, -mx.inf)
+    masked = mx.where(unpacked(allowed, vocabulary), logits, -mx.inf)
     divisor = temperature[:, :1]
     noise = gumbel(
         control[:, 3:5].astype(mx.uint32), control[:, 0] + 1, ids=mx.arange(vocabulary)[None]
@@ -289,7 +289,8 @@ def sample_filtered(
         draws=True,
         sorts=True,
     )
-    token = sample(logits, control[:, 0] + 1, rows=rows, allowed=allowed > 0)
+    flags = unpacked(allowed, logits.shape[-1])
+    token = sample(logits, control[:, 0] + 1, rows=rows, allowed=flags)
     return token, *_after(token, best, logits, control)
 
 

@@ -27,7 +27,7 @@ def unembed(
         x: (B, D), the residual stream.
         norm: (D,).
         matrix: (V, D), plain or affine.
-        allowed: (V,) uint8, 1 where a token may be chosen.
+        allowed: (B, V/32) uint32, tokens that may be chosen; see `sampling.packed`.
         control: (B, 8) int32: position, base, slot, seed low, seed high.
         temperature: (B, 8) float32, in column 0; 0 is greedy.
         eps: of the norm.
@@ -40,11 +40,11 @@ def unembed(
     (batch, width), vocabulary = x.shape, matrix.weight.shape[0]
     expect(stem, "x", x, (batch, width), *FLOATS)
     expect(stem, "norm", norm, (width,), *FLOATS)
-    expect(stem, "allowed", allowed, (vocabulary,), mx.uint8)
+    expect(stem, "allowed", allowed, (batch, vocabulary // 32), mx.uint32)
     expect(stem, "control", control, (batch, CONTROL), mx.int32)
     expect(stem, "temperature", temperature, (batch, CONTROL), mx.float32)
-    good = vocabulary % TILE == 0 and vocabulary < 2**24
-    require(stem, good, "vocabulary", f"a multiple of {TILE} below 2^24", vocabulary)
+    good = vocabulary % TILE == 0 and 256 <= vocabulary < 2**24  # 8 words of `allowed` at least
+    require(stem, good, "vocabulary", f"a multiple of {TILE} from 256 to 2^24", vocabulary)
     weight = DenseMatrix(stem, "head", matrix, rows=vocabulary, columns=width)
     inputs = {"x": x, "norm": norm, **weight.inputs, "allowed": allowed}
     inputs |= {"control": control, "temperature": temperature}
@@ -119,7 +119,7 @@ def sample_filtered(
     Args:
         best: (B, V/64, 4) float32.
         logits: (B, V) float32.
-        allowed: (V,) uint8, 1 where a token may be chosen.
+        allowed: (B, V/32) uint32, tokens that may be chosen; see `sampling.packed`.
         control: (B, 8) int32.
         sampling: (B, 8) float32: temperature, 0 is greedy; top-k, 0 is off; top-p, 1 is off; min-p,
             0 is off.
@@ -132,7 +132,7 @@ def sample_filtered(
     require(stem, vocabulary < 2**22, "vocabulary", "less than 2^22", vocabulary)
     expect(stem, "best", best, (batch, vocabulary // TILE, 4), mx.float32)
     expect(stem, "logits", logits, (batch, vocabulary), mx.float32)
-    expect(stem, "allowed", allowed, (vocabulary,), mx.uint8)
+    expect(stem, "allowed", allowed, (batch, vocabulary // 32), mx.uint32)
     expect(stem, "control", control, (batch, CONTROL), mx.int32)
     expect(stem, "sampling", sampling, (batch, SAMPLING), mx.float32)
     body = (
