@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -24,12 +24,27 @@ from mlx_gptoss.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = ROOT / "tests/goldens/help"  # `python tests/test_cli.py` writes them anew
-COMMANDS = ("", *sorted(main.commands))
+
+
+def commands_of(group: click.Group, *names: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command, and those within it: `("bench run", ...)`; "" is the whole."""
+    yield " ".join(names), group
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands_of(command, *names, name)
+        else:
+            yield " ".join((*names, name)), command
+
+
+COMMANDS = dict(commands_of(main))
 
 
 def help_of(command: str) -> str:
-    arguments = [command, "--help"] if command else ["--help"]
-    return CliRunner(env={"COLUMNS": "80"}).invoke(main, arguments).stdout
+    return CliRunner(env={"COLUMNS": "80"}).invoke(main, [*command.split(), "--help"]).stdout
+
+
+def golden_of(command: str) -> Path:
+    return HELP / f"{'-'.join(command.split()) or 'mlx-gptoss'}.txt"
 
 
 @pytest.fixture
@@ -47,19 +62,18 @@ def run(*arguments: str, input: str | bytes | None = None) -> Result:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_as_committed(command: str) -> None:
-    golden = HELP / f"{command or 'mlx-gptoss'}.txt"
-    assert help_of(command) == golden.read_text(), "if meant so: python tests/test_cli.py"
+    assert help_of(command) == golden_of(command).read_text(), "meant? python tests/test_cli.py"
 
 
 def test_every_golden_has_its_command() -> None:
-    assert {path.stem for path in HELP.iterdir()} == {c or "mlx-gptoss" for c in COMMANDS}
+    assert set(HELP.iterdir()) == set(map(golden_of, COMMANDS))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_needs_no_heavy_import(command: str) -> None:
     code = (
         "import sys; from mlx_gptoss.cli import main\n"
-        f"try: main({[command, '--help'] if command else ['--help']})\n"
+        f"try: main({[*command.split(), '--help']})\n"
         "except SystemExit: pass\n"
         "heavy = {'mlx', 'numpy', 'tiktoken', 'huggingface_hub'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
@@ -296,17 +310,17 @@ def test_info_of_a_source_folder_names_the_converter(tmp_path: Path) -> None:
 
 
 def test_commands_are_short_and_documented() -> None:
-    for name, command in main.commands.items():
-        assert isinstance(command, click.Command) and command.help, name
+    for name, command in COMMANDS.items():
+        assert command.help, name
         for option in command.params:
             if isinstance(option, click.Option):
                 assert option.help and option.help.endswith("."), f"{name} {option.opts}"
 
 
-def write_help(commands: Sequence[str] = COMMANDS) -> None:
+def write_help() -> None:
     HELP.mkdir(parents=True, exist_ok=True)
-    for command in commands:
-        (HELP / f"{command or 'mlx-gptoss'}.txt").write_text(help_of(command))
+    for command in COMMANDS:
+        golden_of(command).write_text(help_of(command))
 
 
 if __name__ == "__main__":
