@@ -20,7 +20,7 @@ from mlx_gptoss.engine import PREFILL_CHUNK, Engine
 from mlx_gptoss.library import find_model
 from mlx_gptoss.machine import read_machine
 from mlx_gptoss.model import load_model
-from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan
+from mlx_gptoss.plan import MemoryPlan, scratch_here
 from mlx_gptoss.routes import sample_prompt
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.table import PLACES, EmbeddingPlace
@@ -37,7 +37,7 @@ def main(name: str, prompt_tokens: int, place: EmbeddingPlace) -> None:
         packing=checkpoint.quantization,
         context=prompt_tokens,
         embedding=place,
-        scratch=ON_METAL if mx.metal.is_available() else ON_CPU,
+        scratch=scratch_here(),
     )
     engine = Engine(model, chunk_target_s=math.inf)
     prompt = sample_prompt(checkpoint.config, prompt_tokens)

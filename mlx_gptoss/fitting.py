@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mlx_gptoss.chips import CHIPS, GIB, default_working_set_bytes
+from mlx_gptoss.errors import MachineError
 from mlx_gptoss.plan import (
     DENSE_FORMATS,
     MIN_CONTEXT,
@@ -47,6 +48,25 @@ class Judgement:
     max_context: int
     verdict: Verdict
     options: tuple[Option, ...]
+
+
+def require(needed_bytes: int, *, limit_bytes: int | None, what: str, instead: str) -> None:
+    """Refuse what this machine cannot hold: on a Mac it would end in a restart.
+
+    Args:
+        needed_bytes: the planned peak.
+        limit_bytes: what the GPU may use; None where it cannot be read, and nothing is refused.
+        what: needs them, for the message.
+        instead: what the user can do, for the message.
+
+    Raises:
+        MachineError: it does not fit.
+    """
+    if limit_bytes is not None and needed_bytes > limit_bytes:
+        raise MachineError(
+            f"memory: {what} needs {needed_bytes / 1e9:.2f} GB, this machine lets "
+            f"{limit_bytes / 1e9:.2f} GB be used; {instead}"
+        )
 
 
 def judge(plan: MemoryPlan, *, limit_bytes: int, memory_bytes: int | None = None) -> Judgement:

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.machine import read_machine
-from mlx_gptoss.plan import MIN_CONTEXT, MOST_SAVED, ON_CPU, ON_METAL, MemoryPlan, max_context
+from mlx_gptoss.plan import MIN_CONTEXT, MOST_SAVED, MemoryPlan, max_context, scratch_here
 from mlx_gptoss.table import EmbeddingPlace
 
 GIB = 2**30
@@ -110,6 +108,6 @@ def memory_of(
         context=1,
         snapshots=MOST_SAVED,
         embedding=embedding,
-        scratch=ON_METAL if mx.metal.is_available() else ON_CPU,
+        scratch=scratch_here(),
     )
     return Memory(plan, limit_bytes=limit)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import mlx.core as mx
+
 from mlx_gptoss.attention import QUERY_BLOCK
 from mlx_gptoss.cache import GROWTH, RECENT
 from mlx_gptoss.checkpoint import Quantization, converted_quantization, expected_tensors
@@ -58,6 +60,13 @@ class Scratch:
 # full layers.
 ON_CPU = Scratch(hidden=14.2, inter=17.4, window=3.7, full=2.2, full_most=9, append=0)
 ON_METAL = Scratch(hidden=39, inter=32, window=4.5, full=0, full_most=0, append=3)
+
+
+def scratch_here() -> Scratch:
+    """Of the device that MLX uses on this machine."""
+    return ON_METAL if mx.metal.is_available() else ON_CPU
+
+
 STREAM_BYTES_PER_HIDDEN = 9  # for each token and each of D columns: the residual stream
 LOGIT_ARRAYS = 5  # float32 arrays of V while a token is sampled
 

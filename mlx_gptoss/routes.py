@@ -15,6 +15,7 @@ from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.model import Model
 from mlx_gptoss.unpack import Float64, numbers
 
+BEYOND = 37  # tokens of a prompt past two windows
 TAIL = 24  # last positions, at which routes are compared
 IDS = 256  # of the vocabulary, where only layers are looked at
 ORDINARY = 199_998  # ids below are text; control tokens come after
@@ -106,7 +107,7 @@ def route_differences(model: Model) -> Iterator[tuple[str, float]]:
         states' root mean square: one position may choose another expert by a hair.
     """
     window = model.config.sliding_window
-    prompt = sample_prompt(model.config, 2 * window + 37)
+    prompt = sample_prompt(model.config, 2 * window + BEYOND)
     whole = hidden_by_pieces(model, prompt, ())
     for name, pieces in {
         f"chunks of 1, {window - 1} and {window}": (1, window - 1, window),

@@ -24,13 +24,16 @@ import numpy as np
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import GPT_OSS_20B, ModelConfig
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.fitting import require
 from mlx_gptoss.kernel_faults import decoded, kernel_fault, with_all_kernels
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.matrix import Matrix, expert_linear, linear
 from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.model_info import check_hashes
+from mlx_gptoss.plan import BF16, F32, MemoryPlan, scratch_here
 from mlx_gptoss.rope import RopeTable, inverse_frequencies
 from mlx_gptoss.routes import (
+    BEYOND,
     TAIL,
     difference,
     hidden_by_pieces,
@@ -38,6 +41,7 @@ from mlx_gptoss.routes import (
     route_differences,
     sample_prompt,
 )
+from mlx_gptoss.table import EmbeddingPlace
 from mlx_gptoss.transcripts import Transcript, agreement, score, stored_transcript, weights_digest
 from mlx_gptoss.unpack import bias_rows, dense_rows, numbers
 
@@ -81,34 +85,72 @@ class Check:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
-def verify(folder: Path, *, progress: Progress | None = None) -> Iterator[Check]:
+def verify(
+    folder: Path,
+    *,
+    limit_bytes: int | None = None,
+    embedding: EmbeddingPlace = "memory",
+    progress: Progress | None = None,
+) -> Iterator[Check]:
     """Check a converted folder, cheapest doubt first; stops where nothing further can be said.
 
     Args:
         folder: ours or mlx-lm's.
+        limit_bytes: what the GPU may use; None where it cannot be read.
+        embedding: where the table stays, as `load_model` takes it.
         progress: called with (phase, done, total).
 
     Yields:
         Each check as it ends.
+
+    Raises:
+        MachineError: the checks need more memory than there is; nothing was loaded.
     """
     try:
         checkpoint = open_checkpoint(folder)
     except GptOssError as error:
         yield Check(name="files", outcome=Outcome.FAILED, detail=str(error))
         return
+    require(
+        planned_bytes(checkpoint, embedding=embedding),
+        limit_bytes=limit_bytes,
+        what=f"verifying a model of {checkpoint.nbytes / 1e9:.2f} GB",
+        instead="`mlx-gptoss info --hashes` checks its files alone, and --embedding file saves "
+        "the memory of the table",
+    )
     yield (files := _files(checkpoint, progress))
     if files.outcome is Outcome.FAILED:
         return
     yield _constants(checkpoint.config)
     yield _rotation(checkpoint.config)
     yield _layers(checkpoint, progress)
-    model = load_model(folder, kernels="off")
+    model = load_model(folder, kernels="off", embedding=embedding)
     yield _products(model)
     yield (kernels := _kernels(model))
     if kernels.outcome is Outcome.PASSED:
         yield _steps(model)
     yield _routes(model)
     yield _answer(checkpoint, model)
+
+
+def planned_bytes(checkpoint: Checkpoint, *, embedding: EmbeddingPlace) -> int:
+    """The peak of all checks: the weights, and the larger of two.
+
+    The products have an output of the unembedding for each of their tokens; the routes have a
+    prompt at once, and logits of its last positions in the model's type and in float32.
+    """
+    config = checkpoint.config
+    prompt = 2 * config.sliding_window + BEYOND
+    plan = MemoryPlan(
+        config=config,
+        packing=checkpoint.quantization,
+        context=prompt + STEPS,
+        chunk=prompt,
+        embedding=embedding,
+        scratch=scratch_here(),
+    )
+    products = plan.resident_bytes + max(TOKENS) * config.vocab_size * F32
+    return max(products, plan.total_bytes + TAIL * config.vocab_size * (BF16 + F32))
 
 
 def _passed(name: str, good: bool, detail: str, **numbers: float) -> Check:
@@ -225,7 +267,7 @@ def _kernels(model: Model) -> Check:
 def _steps(model: Model) -> Check:
     """The whole model by its kernels, past the window: a prompt in chunks, then compiled steps."""
     window, ours = model.config.sliding_window, with_all_kernels(model)
-    prompt = sample_prompt(model.config, 2 * window + 37)
+    prompt = sample_prompt(model.config, 2 * window + BEYOND)
     routes = (hidden_by_pieces(model, prompt, ()), hidden_by_pieces(ours, prompt, (window + 1,)))
     d = difference(*(numbers(model.unembed(hidden)[0]) for hidden in routes))
     tokens, logprobs = decoded(ours, prompt, STEPS)
@@ -272,7 +314,7 @@ def _layers(checkpoint: Checkpoint, progress: Progress | None) -> Check:
 
 def _routes(model: Model) -> Check:
     """The whole model as it is used: a prompt at once, and its last tokens one by one."""
-    prompt = sample_prompt(model.config, 2 * model.config.sliding_window + 37)
+    prompt = sample_prompt(model.config, 2 * model.config.sliding_window + BEYOND)
     pieces = (len(prompt) - TAIL, *[1] * (TAIL - 1))
     routes = [hidden_by_pieces(model, prompt, some) for some in ((), pieces)]
     d = difference(*(numbers(model.unembed(hidden)[0]) for hidden in routes))

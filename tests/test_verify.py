@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from tiny import TinyShape, write_checkpoint
 
-from mlx_gptoss import cache, matrix, reference, transcripts, verify
+from mlx_gptoss import cache, machine, matrix, model_info, reference, transcripts, verify
 from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
@@ -66,6 +67,40 @@ def test_a_right_model_passes(converted):
     assert checks[5].outcome is Outcome.SKIPPED  # there is no Metal here
     assert checks[-2].numbers["mean_kl"] < 0.005
     assert checks[3].numbers["worst"] < 2e-5
+
+
+def test_the_peak_is_the_planned_one(tmp_path):
+    """Within 5 %, of a model whose weights are most of it, as they are of every real one."""
+    shape = dataclasses.replace(SMALL, inter=288, hidden=320, q_heads=10, kv_heads=2, vocab=32768)
+    source = write_checkpoint(tmp_path / "source", shape=shape)
+    folder = convert_checkpoint(source, tmp_path / "model", verify=False).target
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert not failed(verify.verify(folder, embedding="file"))
+    peak = mx.get_peak_memory() - before
+    planned = verify.planned_bytes(open_checkpoint(folder), embedding="file")
+    assert abs(planned / peak - 1) <= 0.05, f"planned {planned}, measured {peak}"
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(model, monkeypatch):
+    """On a Mac it would end in a restart. One byte more, and it begins."""
+    checkpoint = open_checkpoint(model)
+    needed = verify.planned_bytes(checkpoint, embedding="memory")
+    in_file = verify.planned_bytes(checkpoint, embedding="file")
+    assert needed - in_file == model_info.parts(checkpoint)["embedding"].nbytes
+    next(verify.verify(model, limit_bytes=needed))
+    next(verify.verify(model, limit_bytes=in_file, embedding="file"))
+    here = dataclasses.replace(machine.read_machine(), working_set_bytes=needed - 1)
+    monkeypatch.setattr(machine, "read_machine", lambda: here)
+    monkeypatch.setattr(verify, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    result = CliRunner().invoke(main, ["verify", str(model)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(
+        r"Error: memory: verifying a model of 0\.00 GB needs 0\.0\d GB, this machine lets 0\.0\d "
+        r"GB be used; `mlx-gptoss info --hashes` checks its files alone, and --embedding file "
+        r"saves the memory of the table\n",
+        result.stderr,
+    ), result.stderr
 
 
 def test_one_flipped_bit_in_any_file(converted, tmp_path):

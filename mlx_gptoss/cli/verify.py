@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_gptoss.cli.console import Progress
+from mlx_gptoss.cli.options import embedding_option
 
 if TYPE_CHECKING:
+    from mlx_gptoss.table import EmbeddingPlace
     from mlx_gptoss.verify import Check
 
 COLORS = {"ok": "green", "FAILED": "red", "skipped": "yellow"}
@@ -17,9 +19,10 @@ COLORS = {"ok": "green", "FAILED": "red", "skipped": "yellow"}
 
 @click.command()
 @click.argument("model")
+@embedding_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def verify(*, model: str, as_json: bool, quiet: bool) -> None:
+def verify(*, model: str, embedding: "EmbeddingPlace", as_json: bool, quiet: bool) -> None:
     """Check the files of MODEL, and this machine's arithmetic with its weights.
 
     MODEL is demo, 20b, 120b, a folder or a hub id. Exit 1 if anything disagrees.
@@ -27,14 +30,17 @@ def verify(*, model: str, as_json: bool, quiet: bool) -> None:
     from mlx_gptoss import verify as verification
     from mlx_gptoss.errors import VerificationError
     from mlx_gptoss.library import find_model
+    from mlx_gptoss.machine import read_machine
 
     progress = Progress(quiet=quiet)
-    checks = []
+    limit_bytes, checks = read_machine().gpu_limit_bytes, []
 
     def show(phase: str, done: int, total: int) -> None:
         (progress.bytes if phase == "checking hashes" else progress.count)(phase, done, total)
 
-    for check in verification.verify(find_model(model), progress=show):
+    for check in verification.verify(
+        find_model(model), limit_bytes=limit_bytes, embedding=embedding, progress=show
+    ):
         checks.append(check)
         if not as_json:
             mark = click.style(f"{check.outcome:<9}", fg=COLORS[check.outcome])
