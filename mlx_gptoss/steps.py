@@ -88,7 +88,8 @@ class ModelSteps:
     ) -> None:
         self._model, self._cache, self._guide = model, cache, guide
         self._rows = SamplingRows.pack([sampling])
-        self._every, self._allowed = packed(allowed), mx.array(allowed)
+        self._every = packed(allowed)
+        self._allowed = unpacked(mx.array(self._every), allowed.size)
         self._kept: ModelSnapshot | None = None
         self.ready()
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
+import numpy as np
 import pytest
 import scripted
 from running import GREEDY, LONG, open_scripted, wait_until
@@ -13,6 +13,7 @@ from running import GREEDY, LONG, open_scripted, wait_until
 from mlx_gptoss.errors import HarmonyError, RuntimeClosedError, SchemaError
 from mlx_gptoss.harmony import ResponseFormat, TurnDone
 from mlx_gptoss.runtime import Runtime
+from mlx_gptoss.sampling import packed
 from mlx_gptoss.vocabulary import N_VOCAB
 
 TIMES = ResponseFormat(name="times", schema={"type": "integer"})
@@ -40,8 +41,8 @@ class FreeGuide:
             raise self.fault
         self.compiled.append(self)
 
-    def allowed(self) -> mx.array:
-        return mx.ones(N_VOCAB, mx.bool_)
+    def allowed(self) -> np.ndarray:
+        return packed(np.ones(N_VOCAB))
 
     def accept(self, token: int) -> None:
         pass
