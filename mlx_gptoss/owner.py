@@ -3,20 +3,25 @@
 Several turns run at once, each with its own cache. In every round all of those that write take one
 step together, which reads the weights once, and one of those that still read their prompt is fed
 one chunk: so no prompt, however long, holds the others up for more than that. A turn comes and goes
-between two rounds, waits outside while its reader does not keep up, and gives the tokens that it
-gives alone.
+between two rounds, and gives the tokens that it gives alone.
+
+A turn whose reader does not keep up stands still, unless others wait for its place or its memory:
+then it goes on to its end, or a stream that nobody reads would make them wait for ever.
 
 MLX keeps a default stream for each thread, so even loading happens here.
 """
 
 import contextlib
 import gc
+import logging
 import os
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import mlx.core as mx
@@ -33,7 +38,12 @@ from mlx_gptoss.steps import Guide
 from mlx_gptoss.stream import FORKED, Outbox
 from mlx_gptoss.turn import Turn
 
+log = logging.getLogger("mlx_gptoss")
+
 CLOSED = "runtime: closed; open another one"
+FAILED = (
+    "runtime: ended by a fault of its own, {}: {}; its traceback is in the log; open another one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +95,9 @@ class _Running:
             cache=self.slot.cache,
             breaks=self.slot.marks,
             guide=task.guide,
-            on_prefill=self._note_chunk,
+            # no method of ours: the turn would hold us, and we the turn, with all its memory
+            on_prefill=partial(_note_chunk, task, self.slot, prefixes),
         )
-
-    @property
-    def is_ready(self) -> bool:
-        return not self.task.outbox.is_full
 
     def feed(self) -> bool:
         """Feed one chunk of the prompt; whether the turn goes on, as in the methods below."""
@@ -112,12 +119,13 @@ class _Running:
             self.task.outbox.put(self.turn.reply())
         return False
 
-    def _note_chunk(self, done: int, total: int) -> None:
-        self.slot.note(self.task.prompt.tokens)
-        if self.slot.cache.offset == self.task.head:
-            self._prefixes.share(self.slot)
-        if self.task.on_prefill is not None:
-            self.task.on_prefill(done, total)
+
+def _note_chunk(task: Task, slot: Slot, prefixes: PrefixCache, done: int, total: int) -> None:
+    slot.note(task.prompt.tokens)
+    if slot.cache.offset == task.head:
+        prefixes.share(slot)
+    if task.on_prefill is not None:
+        task.on_prefill(done, total)
 
 
 class Owner:
@@ -148,6 +156,7 @@ class Owner:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
+        self._fault: BaseException | None = None
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._waiting: deque[Task] = deque()
         self._running: list[_Running] = []
@@ -169,7 +178,7 @@ class Owner:
         if os.getpid() != self._process:
             raise RuntimeClosedError(FORKED)
         if self._closed:
-            raise RuntimeClosedError(CLOSED)
+            raise self._ended()
 
     def submit(self, task: Task) -> None:
         """Give a task; its outbox tells the rest.
@@ -180,6 +189,14 @@ class Owner:
         with self._lock:
             self.check()
             self._inbox.put(task)
+
+    def _ended(self) -> RuntimeClosedError:
+        """Why nothing can be done any more; another error for each caller."""
+        if self._fault is None:
+            return RuntimeClosedError(CLOSED)
+        error = RuntimeClosedError(FAILED.format(type(self._fault).__name__, self._fault))
+        error.__cause__ = self._fault
+        return error
 
     def close(self) -> None:
         """Cancel everything, free the memory, end the thread; does nothing the second time."""
@@ -203,16 +220,18 @@ class Owner:
             engine.model.make_cache, budget_bytes=self._cache_bytes, files=files
         )
         loaded.set_result(None)
-        failure: BaseException = RuntimeClosedError(CLOSED)
         try:
             while not self._closed:
-                self._admit(engine)
+                self._admit(engine)  # for places that came free
                 self._receive()
+                self._admit(engine)  # of those that came
                 self._go_round(engine)
         except BaseException as error:  # a fault of ours: nobody may wait for ever
-            failure = error
+            log.exception("the runtime ends by a fault of its own")
+            traceback.clear_frames(error.__traceback__)  # they hold the model and its caches
+            self._fault = error
         finally:
-            self._end(failure)
+            self._end()
             self._prefixes.close()
             del self._prefixes, engine, load
             gc.collect()
@@ -220,7 +239,7 @@ class Owner:
 
     def _receive(self) -> None:
         """Take what came; wait for something if there is nothing to do."""
-        idle = not any(r.is_ready or r.task.outbox.cancelled for r in self._running)
+        idle = not any(r.task.outbox.cancelled or self._may_go_on(r) for r in self._running)
         with contextlib.suppress(Empty):
             item = self._inbox.get(block=idle)
             while True:
@@ -230,13 +249,13 @@ class Owner:
 
     def _admit(self, engine: Engine) -> None:
         """Start waiting tasks in their order, as far as there is room."""
+        self._waiting = deque(task for task in self._waiting if not task.outbox.cancelled)
         while self._waiting and len(self._running) < self._concurrent:
             task = self._waiting[0]
             try:
-                if not task.outbox.cancelled and not self._has_room(task):
+                if not self._has_room(task):
                     return
-                if not task.outbox.cancelled:
-                    self._running.append(_Running(task, engine, self._prefixes))
+                self._running.append(_Running(task, engine, self._prefixes))
             except Exception as error:
                 task.outbox.put(error)
             self._waiting.popleft()
@@ -256,12 +275,16 @@ class Owner:
         )
         return True
 
+    def _may_go_on(self, running: _Running) -> bool:
+        """Whether a turn's reader keeps up, or others wait for what it holds."""
+        return bool(self._waiting) or not running.task.outbox.is_full
+
     def _go_round(self, engine: Engine) -> None:
         """One token of every turn that writes, one chunk of one prompt; see the module."""
         self._rounds += 1
         for running in [r for r in self._running if r.task.outbox.cancelled]:
             self._advance(running, running.leave)
-        ready = [running for running in self._running if running.is_ready]
+        ready = [running for running in self._running if self._may_go_on(running)]
         writing = [running for running in ready if not running.reads]
         engine.launch([running.turn.generation for running in writing])
         for running in writing:
@@ -280,18 +303,19 @@ class Owner:
             running.task.outbox.put(error)
         self._running.remove(running)
 
-    def _end(self, failure: BaseException) -> None:
+    def _end(self) -> None:
+        """Tell everybody who waits."""
         with self._lock:
             self._closed = True
         for running in self._running:
             running.turn.generation.close()
-            running.task.outbox.put(failure)
+            running.task.outbox.put(self._ended())
         self._running.clear()
         with contextlib.suppress(Empty):
             while True:
                 if item := self._inbox.get(block=False):
                     self._waiting.append(item)
         for task in self._waiting:
-            task.outbox.put(failure)
+            task.outbox.put(self._ended())
         self._waiting.clear()
         mx.synchronize()

@@ -160,8 +160,11 @@ class Runtime:
             on_prefill: Called after each chunk of the prompt with the tokens read and to read, in
                 the model's thread: it must be quick, and what it raises ends the turn.
 
-        A turn whose events nobody reads stands still after some, and keeps its place among those at
-        once. Messages are read and schemas compiled before this returns; the first schema of a
+        A turn whose events nobody reads stands still after 64, and holds its place among those at
+        once, its cache and its reserved memory. Where others wait for one of them, it goes on to
+        its end instead, at their cost, and its events are kept. Dropping the stream cancels it.
+
+        Messages are read and schemas compiled before this returns; the first schema of a
         process takes a second or more.
 
         Strict tools, another choice than "auto" and a response format need the extra `structured`.

@@ -1,11 +1,13 @@
 """The events of one turn on their way from the owner thread to whoever asked.
 
-An outbox holds a bounded number of events; while it is full, its turn is not advanced, so a slow
-reader costs memory no more than a fast one, and never holds up another's turn.
+While an outbox is full, its turn is advanced only if others wait for its place, so a slow reader
+never holds up another's turn. What nobody can read any more is cancelled: a stream that is dropped
+gives everything back.
 """
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import Empty, SimpleQueue
 
@@ -37,7 +39,7 @@ class Outbox:
 
     @property
     def is_full(self) -> bool:
-        """Whether the turn must wait for the reader."""
+        """Whether the reader does not keep up."""
         return self._items.qsize() >= CAPACITY
 
     def put(self, item: Item) -> None:
@@ -48,10 +50,17 @@ class Outbox:
         except RuntimeError:  # the reader's event loop is gone
             self.cancelled = True
 
-    def take(self, *, block: bool) -> Item:
-        """The next item; raises `queue.Empty` if there is none and `block` is false."""
+    def check(self) -> None:
+        """Raise `RuntimeClosedError` in a process that was forked from the outbox's."""
         if os.getpid() != self._process:
             raise RuntimeClosedError(FORKED)
+
+    def take(self, *, block: bool) -> Item:
+        """The next item, for one taker at a time.
+
+        Raises:
+            queue.Empty: There is none, and `block` is false.
+        """
         item = self._items.get(block)
         if self._items.qsize() == CAPACITY - 1:
             self._wake()
@@ -74,24 +83,28 @@ class Stream(Iterator[Event]):
     """The events of a turn, as they happen; made by `Runtime.stream`.
 
     Closing it, leaving its `with` block or dropping it cancels the turn. Any thread may close it,
-    also while another waits for an event: to that one, the events end.
+    also while another waits for an event: to that one, the events end. Several threads may read it:
+    each event goes to one of them, the end to all.
     """
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox
+        self._reading = threading.Lock()
         self._reply: Reply | None = None
         self._over = False
 
     def __next__(self) -> Event:
-        if self._over:
-            raise StopIteration
-        item = self._outbox.take(block=True)
-        if self._over:  # closed meanwhile
-            raise StopIteration
-        if isinstance(item, Reply | BaseException):
-            self._end(item)
-            raise StopIteration
-        return item
+        self._outbox.check()  # first: a fork may have copied the lock while it was held
+        with self._reading:
+            if self._over:
+                raise StopIteration
+            item = self._outbox.take(block=True)
+            if self._over:  # closed meanwhile
+                raise StopIteration
+            if isinstance(item, Reply | BaseException):
+                self._end(item)
+                raise StopIteration
+            return item
 
     def __enter__(self) -> "Stream":
         return self
@@ -126,27 +139,30 @@ class Stream(Iterator[Event]):
 
 
 class AsyncStream(AsyncIterator[Event]):
-    """`Stream` for one event loop; made by `Runtime.astream`."""
+    """`Stream` for one event loop and any of its tasks; made by `Runtime.astream`."""
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox
+        self._reading = asyncio.Lock()
         self._reply: Reply | None = None
         self._over = False
         self._arrived: asyncio.Event | None = None
 
     async def __anext__(self) -> Event:
-        if self._over:
-            raise StopAsyncIteration
-        item = await self._take()
-        if self._over:  # closed meanwhile, by another task
-            raise StopAsyncIteration
-        if isinstance(item, Reply | BaseException):
-            self._over = True
-            if isinstance(item, BaseException):
-                raise item
-            self._reply = item
-            raise StopAsyncIteration
-        return item
+        self._outbox.check()
+        async with self._reading:
+            if self._over:
+                raise StopAsyncIteration
+            item = await self._take()
+            if self._over:  # closed meanwhile, by another task
+                raise StopAsyncIteration
+            if isinstance(item, Reply | BaseException):
+                self._over = True
+                if isinstance(item, BaseException):
+                    raise item
+                self._reply = item
+                raise StopAsyncIteration
+            return item
 
     async def _take(self) -> Item:
         if self._arrived is None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import scripted
-from running import GREEDY, LONG, open_scripted, wait_until
+from running import GREEDY, LONG, open_scripted
 from tiny import write_checkpoint
 
 from mlx_gptoss.convert import convert_checkpoint
-from mlx_gptoss.harmony import FinishReason, user
+from mlx_gptoss.harmony import user
 from mlx_gptoss.harmony.ledger import Prompt
 from mlx_gptoss.memory import Memory, memory_of
 from mlx_gptoss.prefix_cache import PrefixCache
@@ -57,11 +57,9 @@ def test_turns_wait_for_memory_and_idle_conversations_make_room(folder: Path) ->
         next(first)
         second = runtime.stream("Hi", sampling=GREEDY, max_tokens=5)
         third = runtime.stream("Hi", sampling=GREEDY)  # reserves all there is, as the first does
-        wait_until(lambda: first._outbox.is_full)
-        assert len(runtime._owner._running) == 1
-        first.close()
         assert second.reply().usage.completion_tokens == 5
-        assert third.reply().finish_reason is FinishReason.STOP
+        assert first._outbox.is_full, "it went on to its end, though nobody reads it"
+        assert {first.reply().text, third.reply().text} == {"word " * 400}
 
 
 def test_a_conversation_that_reserves_all_memory_goes_on_from_its_cache(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Turns at once: rounds, cancelling, slow readers, closing, forks, event loops, faults."""
+"""Turns at once: rounds, cancelling, closing, forks, event loops, faults."""
 
 import asyncio
 import gc
+import logging
 import multiprocessing
-import threading
-import time
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -26,72 +26,6 @@ def answering() -> Iterator[tuple[Runtime, scripted.ScriptedModel]]:
     runtime, model = open_scripted(scripted.ANSWERED)
     with runtime:
         yield runtime, model
-
-
-def test_a_slow_reader_holds_up_its_own_turn_only() -> None:
-    runtime, model = open_scripted(LONG)
-    with runtime:
-        slow = runtime.stream("Hi", sampling=GREEDY)
-        wait_until(lambda: slow._outbox.is_full)
-        assert runtime.respond("Hi", sampling=GREEDY, max_tokens=20).usage.completion_tokens == 20
-        before = model.steps
-        time.sleep(0.2)
-        assert model.steps == before and slow._outbox._items.qsize() <= CAPACITY + 2
-        assert slow.reply().text == "word " * 400, "the rest comes when it is read"
-
-
-def test_closing_a_stream_stops_the_turn() -> None:
-    runtime, model = open_scripted(LONG)
-    with runtime:
-        stream = runtime.stream("Hi", sampling=GREEDY)
-        next(stream)
-        stream.close()
-        wait_until(lambda: not runtime._owner._running)
-        stopped = model.steps
-        assert stopped < 100 and next(stream, None) is None
-        with pytest.raises(ValueError, match="stream: expected one read to its end"):
-            stream.reply()
-        del stream
-        dropped = runtime.stream("Hi", sampling=GREEDY)
-        next(dropped)
-        del dropped
-        gc.collect()
-        wait_until(lambda: not runtime._owner._running)
-        assert model.steps < stopped + 100
-
-
-def test_a_stream_may_be_closed_while_another_thread_waits_for_it() -> None:
-    """An app's Stop button closed the stream, and the thread that read it waited for ever."""
-    model = scripted.ScriptedModel(scripted.SCRIPTS["slow"], step_s=0.05)
-    with open_model(model, concurrent=1) as runtime:
-        first = runtime.stream("Count.", sampling=GREEDY)
-        stream = runtime.stream("Me too.", sampling=GREEDY)  # waits for the first: no event comes
-        next(first)
-        reader = threading.Thread(target=lambda: list(stream), daemon=True)
-        reader.start()
-        time.sleep(0.1)
-        stream.close()
-        reader.join(30)
-        assert not reader.is_alive() and next(stream, None) is None
-
-
-def test_a_stream_may_be_closed_while_another_task_waits_for_it() -> None:
-    model = scripted.ScriptedModel(scripted.SCRIPTS["slow"], step_s=0.05)
-
-    async def stop_waiting(runtime: Runtime) -> list[object]:
-        stream = runtime.astream("Me too.", sampling=GREEDY)
-
-        async def read() -> list[object]:
-            return [event async for event in stream]
-
-        reader = asyncio.create_task(read())
-        await asyncio.sleep(0.1)
-        await stream.aclose()
-        return await asyncio.wait_for(reader, 30)
-
-    with open_model(model, concurrent=1) as runtime:
-        first = runtime.stream("Count.", sampling=GREEDY)
-        assert next(first) and asyncio.run(stop_waiting(runtime)) == []
 
 
 def test_a_prompt_is_cancelled_between_its_chunks() -> None:
@@ -194,19 +128,36 @@ def test_a_fault_in_one_turn_is_its_own(answering: tuple[Runtime, scripted.Scrip
     assert runtime.respond("Hi", sampling=GREEDY).text
 
 
-def test_a_fault_of_the_owner_reaches_every_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime, _ = open_scripted(LONG)
-    stream = runtime.stream("Hi", sampling=GREEDY)
+def test_a_fault_of_the_owner_is_logged_once_and_told_to_everybody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its cause was told to those who waited, without where it came from, and to nobody later."""
+    runtime, model = open_scripted(LONG, concurrent=1)
+    held = weakref.ref(model)
+    running, waiting = (runtime.stream("Hi", sampling=GREEDY) for _ in range(2))
 
     def broken(self: Owner, engine: Any) -> None:
         raise MemoryError("out of it")
 
     monkeypatch.setattr(Owner, "_go_round", broken)
-    with pytest.raises(MemoryError, match="out of it"):
-        list(stream)
-    with pytest.raises(RuntimeClosedError):
-        runtime.respond("Hi")
+    errors = []
+    for use in (lambda: list(running), lambda: list(waiting), lambda: runtime.respond("Hi")):
+        with pytest.raises(
+            RuntimeClosedError,
+            match="runtime: ended by a fault of its own, MemoryError: out of it; its traceback is "
+            "in the log; open another one",
+        ) as caught:
+            use()
+        errors.append(caught.value)
+    assert len({id(error) for error in errors}) == 3
+    assert all(isinstance(error.__cause__, MemoryError) for error in errors)
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR and record.name == "mlx_gptoss"
+    assert record.exc_text and "in broken" in record.exc_text
     runtime.close()
+    del model
+    gc.collect()
+    assert held() is None, "the error holds no model"
 
 
 def _use_after_fork(runtime: Runtime, stream: Any, told: Any) -> None:
