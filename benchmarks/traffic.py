@@ -169,7 +169,7 @@ def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
 def golden_cases() -> dict[str, tuple[str, Dense, Sizes]]:
     """The kernels of a bfloat16 model with q8 dense matrices, and the plain and q4 forms of one.
 
-    Those that share weights among the rows of a batch come with 8 rows, too.
+    Those that share weights among the rows of a batch come with 8 rows, too, and with 16.
     """
     packed = {s for s, k in KERNELS.items() if k.dense} - {"route"}
     cases: list[tuple[str, Dense]] = [(s, "q8" if s in packed else "plain") for s in KERNELS]
@@ -180,7 +180,8 @@ def golden_cases() -> dict[str, tuple[str, Dense, Sizes]]:
     }
     for stem in ("norm_qkv_rope", "out_residual", "route", "unembed"):
         dense: Dense = "plain" if stem == "route" else "q8"
-        found[f"{stem} {dense}, 8 rows"] = stem, dense, replace(MODEL, batch=8)
+        for rows in (8,) if stem == "route" else (8, 16):
+            found[f"{stem} {dense}, {rows} rows"] = stem, dense, replace(MODEL, batch=rows)
     return found
 
 

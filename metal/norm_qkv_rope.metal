@@ -7,8 +7,10 @@
 //            above undefined
 // Grid:      (HQ + 2*HKV)*4 threadgroups of 16 rows, 8 pairs (d, d+32), then 2*HKV that copy one plane each.
 //            A threadgroup has one simdgroup for each third of D (matvec.h): small groups retire smoothly. In a batch a
-//            simdgroup has R = 2 vectors and a threadgroup up to 4 such blocks, 8 rows that read a weight together:
-//            12 simdgroups of 128 registers a thread are what a core holds. Deep enough for B.
+//            simdgroup has R = 2 vectors and a threadgroup up to 8 such blocks, 16 rows that read a weight together:
+//            12 simdgroups of 128 registers a thread are what a core holds, so from 5 blocks on a simdgroup walks
+//            PARTS = 3 thirds. From 3 vectors on TILES = 2: 32 rows of weights for a read of x, and 160 threadgroups
+//            of twice the simdgroups: 80 cores have as many as alone. Deep enough for B.
 // Numerics:  float32 throughout, one rounding at the store; the norm's factor multiplies the finished sum. Angles are
 //            joined from two tables of float64 origin, so position 131,071 is as exact as position 1.
 // Requires:  D % 32 == 0 and whole simdgroups (matvec.h); slot < ROWS; checked in kernels.norm_qkv_rope.
@@ -17,16 +19,18 @@
 // Source:    our own; fusing rope and the K,V write after gpt-oss metal/source (Apache-2.0), see NOTICE.
 #include "matvec.h"
 
-template <int D, int HQ, int HKV, int ROWS, int R, int BLOCKS, typename F, typename T, typename W, typename C>
+template <
+    int D, int HQ, int HKV, int ROWS, int R, int BLOCKS, int PARTS, int TILES, typename F, typename T, typename W, typename C>
 METAL_FUNC void norm_qkv_rope(
     const device T* x, const device W* norm, F wq, F wk, F wv, const device W* bq, const device W* bk,
     const device W* bv, const device float* coarse, const device float* fine, const device C* control,
     const device T* keys, const device T* values, device T* q, device T* new_keys, device T* new_values,
     threadgroup float* sums, float eps, uint batch, uint3 tile, uint thread_id, uint lane, uint group) {
-  constexpr int groups = Split<D>::groups, threads = 32 * groups * BLOCKS, heads = HQ + 2 * HKV, vectors = R * BLOCKS;
+  constexpr int groups = Split<D>::groups, ways = groups / PARTS, threads = 32 * ways * BLOCKS, heads = HQ + 2 * HKV;
+  constexpr int vectors = R * BLOCKS, pairs = 8 * TILES, tiles = 32 / pairs, stride = 2 * pairs + 1;
   const uint from = tile.y * vectors;
-  if (tile.x >= uint(4 * heads)) {
-    const uint plane = tile.x - 4 * heads;
+  if (tile.x >= uint(tiles * heads)) {
+    const uint plane = tile.x - tiles * heads;
     for (uint b = from; b < (R == 1 ? from + 1 : min(from + vectors, batch)); b++) {
       const uint start = (b * HKV + plane % HKV) * ROWS * 64, slot = min(uint(control[b * 8 + 2]), uint(ROWS));
       const device uint4* old = (const device uint4*)((plane < HKV ? keys : values) + start);
@@ -35,29 +39,33 @@ METAL_FUNC void norm_qkv_rope(
     }
     return;
   }
-  const uint head = tile.x / 4, low = tile.x % 4 * 8, block = group / groups * R, part = group % groups;
+  const uint head = tile.x / tiles, low = tile.x % tiles * pairs, block = group / ways * R;
   const bool is_q = head < HQ, is_v = head >= HQ + HKV;
   const uint local = is_q ? head : is_v ? head - HQ - HKV : head - HQ;
   const F weight = is_q ? wq : is_v ? wv : wk;
-  const uint at = first_load<F>(part, lane);
-  Vectors<R, F> vector;
-  vector.stage(x, Normed<W>{norm}, from + block, batch, at, lane);
-  UNROLL for (int r = 0; r < R; r++) {
-    const float square = simd_sum(vector.squares[r]);
-    if (lane == 0) sums[((block + r) * groups + part) * 17 + 16] = square;
+  for (int i = 0; i < PARTS; i++) {
+    const uint part = group % ways * PARTS + i, at = first_load<F>(part, lane);
+    threadgroup float* own = sums + (block * groups + part) * stride;
+    Vectors<R, F> vector;
+    vector.stage(x, Normed<W>{norm}, from + block, batch, at, lane);
+    UNROLL for (int r = 0; r < R; r++) {
+      const float square = simd_sum(vector.squares[r]);
+      if (lane == 0) own[r * groups * stride + 2 * pairs] = square;
+    }
+    for (int n = 0; n < TILES; n++)
+      dot16<32>(weight, local * 64 + low + 8 * n, at, lane, vector, own + 16 * n, groups * stride);
   }
-  dot16<32>(weight, local * 64 + low, at, lane, vector, sums + (block * groups + part) * 17, groups * 17);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const device W* bias = is_q ? bq : is_v ? bv : bk;
-  for (uint i = thread_id; i < 8 * vectors; i += threads) {
-    const uint own = i / 8, pair = i % 8, b = from + own;
+  for (uint i = thread_id; i < pairs * vectors; i += threads) {
+    const uint own = i / pairs, pair = i % pairs, place = pair / 8 * 16 + pair % 8, b = from + own;
     if (R > 1 && b >= batch) return;
     float square = 0, first = 0, second = 0;
     UNROLL for (int g = 0; g < groups; g++) {
-      const threadgroup float* sum = sums + (own * groups + g) * 17;
-      square += sum[16];
-      first += sum[pair];
-      second += sum[8 + pair];
+      const threadgroup float* sum = sums + (own * groups + g) * stride;
+      square += sum[2 * pairs];
+      first += sum[place];
+      second += sum[8 + place];
     }
     const float scale = metal::rsqrt(square / D + eps);
     const uint d = low + pair, slot = min(uint(control[b * 8 + 2]), uint(ROWS));

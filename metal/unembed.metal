@@ -6,7 +6,8 @@
 // Output:    logits (B,V) f32; best (B,V/64,4) f32: score, id, and over the allowed logits m = max, sum exp(logit - m)
 // Grid:      V/64 threadgroups of 64 rows in 4 rounds, one simdgroup for each third of D (matvec.h): 96 threads,
 //            3142 groups; 64 rows so that a group's one read of x and norm is 2% of its weights. In a batch R = 2 vectors
-//            a simdgroup and up to 4 such blocks a threadgroup, as in norm_qkv_rope; deep enough for B.
+//            a simdgroup and up to 8 such blocks a threadgroup, TILES = 2 times 64 rows where V allows it, as in
+//            norm_qkv_rope; deep enough for B.
 // Numerics:  float32 throughout; ids are exact in float32 (V < 2^24). The noise is sampling.gumbel's (gumbel.h).
 // Requires:  V % 64 == 0, 256 <= V < 2^24; D fills whole simdgroups (matvec.h); checked in kernels.unembed.
 // Used when: a decode step ends.
@@ -15,20 +16,21 @@
 #include "gumbel.h"
 #include "matvec.h"
 
-// The 64 logits of a vector in this threadgroup, and its candidate among them, by one simdgroup.
-template <int D, int V, int groups>
+// 64 logits of a vector in this threadgroup, and its candidate among them, by one simdgroup. A part's sums are `stride`
+// apart, the last of them the sum of squares.
+template <int D, int V, int groups, int stride>
 METAL_FUNC void finish(
-    const threadgroup float* sums, const device uint* allowed, const device int* control, float divisor,
-    device float* logits, device float* best, float eps, uint tile, uint lane) {
+    const threadgroup float* sums, const threadgroup float* squares, const device uint* allowed,
+    const device int* control, float divisor, device float* logits, device float* best, float eps, uint tile, uint lane) {
   float square = 0;
-  UNROLL for (int g = 0; g < groups; g++) square += sums[g * 65 + 64];
+  UNROLL for (int g = 0; g < groups; g++) square += squares[g * stride];
   const float scale = metal::rsqrt(square / D + eps);
   float score = -INFINITY, own[2];
   uint id = V;
   UNROLL for (int i = 0; i < 2; i++) {
     const uint row = lane + 32 * i, v = tile * 64 + row;
     float logit = 0;
-    UNROLL for (int g = 0; g < groups; g++) logit += sums[g * 65 + row];
+    UNROLL for (int g = 0; g < groups; g++) logit += sums[g * stride + row];
     logit *= scale;
     logits[v] = logit;
     const bool may = allowed[tile * 2 + i] >> lane & 1;
@@ -51,27 +53,31 @@ METAL_FUNC void finish(
   }
 }
 
-template <int D, int V, int R, int BLOCKS, typename F, typename T, typename W>
+template <int D, int V, int R, int BLOCKS, int PARTS, int TILES, typename F, typename T, typename W>
 METAL_FUNC void unembed(
     const device T* x, const device W* norm, F weight, const device uint* allowed, const device int* control,
     const device float* temperature, device float* logits, device float* best, threadgroup float* sums, float eps,
     uint batch, uint3 tile, uint lane, uint group) {
-  constexpr int groups = Split<D>::groups, vectors = R * BLOCKS;
-  const uint first = tile.y * vectors, block = group / groups * R, part = group % groups;
-  const uint at = first_load<F>(part, lane);
-  Vectors<R, F> values;
-  values.stage(x, Normed<W>{norm}, first + block, batch, at, lane);
-  UNROLL for (int r = 0; r < R; r++) {
-    const float square = simd_sum(values.squares[r]);
-    if (lane == 0) sums[((block + r) * groups + part) * 65 + 64] = square;
+  constexpr int groups = Split<D>::groups, ways = groups / PARTS, vectors = R * BLOCKS, stride = 64 * TILES + 1;
+  const uint first = tile.y * vectors, block = group / ways * R;
+  for (int i = 0; i < PARTS; i++) {
+    const uint part = group % ways * PARTS + i, at = first_load<F>(part, lane);
+    threadgroup float* own = sums + (block * groups + part) * stride;
+    Vectors<R, F> values;
+    values.stage(x, Normed<W>{norm}, first + block, batch, at, lane);
+    UNROLL for (int r = 0; r < R; r++) {
+      const float square = simd_sum(values.squares[r]);
+      if (lane == 0) own[r * groups * stride + 64 * TILES] = square;
+    }
+    for (uint row = 0; row < 64 * TILES; row += 16)
+      dot16<8>(weight, tile.x * 64 * TILES + row, at, lane, values, own + row, groups * stride);
   }
-  for (uint row = 0; row < 64; row += 16)
-    dot16<8>(weight, tile.x * 64 + row, at, lane, values, sums + (block * groups + part) * 65 + row, groups * 65);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint vector = group; vector < uint(vectors); vector += groups * BLOCKS) {
-    const uint b = first + vector;
+  for (uint i = group; i < uint(vectors * TILES); i += ways * BLOCKS) {
+    const uint vector = i / TILES, n = i % TILES, b = first + vector;
+    const threadgroup float* own = sums + vector * groups * stride;
     if (R == 1 || b < batch)
-      finish<D, V, groups>(sums + vector * groups * 65, allowed + b * (V / 32), control + b * 8, temperature[b * 8],
-                           logits + ulong(b) * V, best + ulong(b) * (V / 64) * 4, eps, tile.x, lane);
+      finish<D, V, groups, stride>(own + 64 * n, own + 64 * TILES, allowed + b * (V / 32), control + b * 8, temperature[b * 8],
+                                   logits + ulong(b) * V, best + ulong(b) * (V / 64) * 4, eps, tile.x * TILES + n, lane);
   }
 }

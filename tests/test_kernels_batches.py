@@ -111,13 +111,15 @@ def test_grouped_experts_have_the_bits_of_single_rows(
     assert int(blocks[:, 1].sum()) == 4 * batch
 
 
-@pytest.mark.parametrize("columns", [96, 2880, 4096])
-def test_blocks_cover_every_batch(columns: int) -> None:
-    """With no empty threadgroup, and no more than two rows and 12 simdgroups beyond need."""
+@pytest.mark.parametrize(("columns", "parts"), [(96, 1), (2880, 3), (4096, 4)])
+def test_blocks_cover_every_batch(columns: int, parts: int) -> None:
+    """Whole, with no empty threadgroup, the weights read once by 16 rows, at most 12 simdgroups."""
     for batch in range(1, 40):
         cut = row_blocks(batch, columns)
         assert (cut.groups - 1) * cut.vectors < batch <= cut.groups * cut.vectors
-        assert batch == 1 or cut.blocks * -(-columns // 1024) <= 12
+        assert cut.simdgroups * cut.parts == cut.blocks * parts
+        assert cut.simdgroups <= 12
+        assert cut.groups == -(-batch // 16)
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
@@ -126,11 +128,11 @@ def test_blocks_cover_every_batch(columns: int) -> None:
 def test_threadgroups_fit_the_registers_of_a_core(
     stem: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no array in memory: two rows a simdgroup, and as many simdgroups as there may be."""
-    sizes = replace(PUBLISHED, batch=32)
-    name, text = metal_text(stem, sizes, "bfloat16", dense, monkeypatch)
-    built = ptx.build(text, name)
-    assert (built.stack_bytes, built.spill_bytes) == (0, 0)
-    assert built.registers is not None
-    simdgroups = {"norm_qkv_rope": 12, "out_residual": 8, "unembed": 12}.get(stem, 3)
-    assert built.registers * 4 * 32 * simdgroups <= 208 * 1024
+    """With no array in memory: of 8 rows, and of 16, where a simdgroup takes several parts."""
+    for batch, simdgroups in ((8, 8 if stem == "out_residual" else 12), (16, 8)):
+        sizes = replace(PUBLISHED, batch=batch)
+        name, text = metal_text(stem, sizes, "bfloat16", dense, monkeypatch)
+        built = ptx.build(text, name)
+        assert (built.stack_bytes, built.spill_bytes) == (0, 0)
+        assert built.registers is not None
+        assert built.registers * 4 * 32 * (3 if stem == "route" else simdgroups) <= 208 * 1024

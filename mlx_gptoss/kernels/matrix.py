@@ -11,6 +11,7 @@ from mlx_gptoss.matrix import Matrix
 AFFINE_GROUP = 64
 MXFP4_BLOCK = 32
 MOST_SIMDGROUPS = 12  # of a threadgroup: with 128 registers a thread they fill a core's 208 KB
+MOST_BLOCKS = 8  # of two rows in a threadgroup: as many rows as an engine has turns
 
 
 def simdgroups(columns: int) -> int:
@@ -25,13 +26,19 @@ class RowBlocks:
     Attributes:
         each: R, rows that a simdgroup multiplies by each weight it reads.
         blocks: such blocks in a threadgroup, whose simdgroups read the same weights.
+        parts: parts of the columns that a simdgroup takes one after the other.
+        tiles: times as many rows of weights in a threadgroup as alone.
         groups: threadgroups that share the batch.
+        simdgroups: of a threadgroup.
         batch: the Metal expression of B, read where a threadgroup has more than one row.
     """
 
     each: int
     blocks: int
+    parts: int
+    tiles: int
     groups: int
+    simdgroups: int
     batch: str
 
     @property
@@ -39,14 +46,35 @@ class RowBlocks:
         """Rows of a threadgroup."""
         return self.each * self.blocks
 
+    @property
+    def template(self) -> str:
+        """Arguments R, BLOCKS, PARTS of a kernel."""
+        return f"{self.each}, {self.blocks}, {self.parts}"
+
 
 def row_blocks(batch: int, columns: int) -> RowBlocks:
-    """Cut a batch into blocks of two rows, and the blocks evenly into threadgroups."""
+    """Cut a batch into blocks of two rows, and the blocks evenly into threadgroups.
+
+    All of a threadgroup's blocks read a weight together, so a batch of 16 reads it once: where a
+    simdgroup for each part of the columns would be too many, each takes several parts.
+    """
+    parts = simdgroups(columns)
     if batch == 1:
-        return RowBlocks(each=1, blocks=1, groups=1, batch="1")
-    blocks = -(-batch // 2)
-    groups = -(-blocks // max(1, MOST_SIMDGROUPS // simdgroups(columns)))
-    return RowBlocks(each=2, blocks=-(-blocks // groups), groups=groups, batch="x_shape[0]")
+        return RowBlocks(each=1, blocks=1, parts=1, tiles=1, groups=1, simdgroups=parts, batch="1")
+    pairs = -(-batch // 2)
+    groups = -(-pairs // MOST_BLOCKS)
+    blocks = -(-pairs // groups)
+    fit = [n for n in range(1, parts + 1) if parts % n == 0 and n * blocks <= MOST_SIMDGROUPS]
+    ways = max(fit, default=1)
+    return RowBlocks(
+        each=2,
+        blocks=blocks,
+        parts=parts // ways,
+        tiles=2 if blocks > 1 else 1,
+        groups=groups,
+        simdgroups=ways * blocks,
+        batch="x_shape[0]",
+    )
 
 
 def require_columns(stem: str, name: str, columns: int) -> None:

@@ -91,8 +91,8 @@ def norm_qkv_rope(
     inputs |= {"keys": append[0], "values": append[1]}
     groups, cut = simdgroups(width), row_blocks(batch, width)
     body = (
-        f"threadgroup float sums[{17 * groups * cut.vectors}];\n"
-        f"norm_qkv_rope<{width}, {q_heads}, {kv_heads}, {rows}, {cut.each}, {cut.blocks}>"
+        f"threadgroup float sums[{(16 * cut.tiles + 1) * groups * cut.vectors}];\n"
+        f"norm_qkv_rope<{width}, {q_heads}, {kv_heads}, {rows}, {cut.template}, {cut.tiles}>"
         f"(x, norm, {', '.join(weights)}, {', '.join(biases)}, coarse, fine, control, keys, "
         f"values, q, new_keys, new_values, sums, {number(eps)}, {cut.batch}, "
         "$tile, $thread_id, $lane, $group);"
@@ -106,8 +106,8 @@ def norm_qkv_rope(
             "new_values": (segment, x.dtype),
         },
         body=body,
-        groups=((q_heads + 2 * kv_heads) * 4 + 2 * kv_heads, cut.groups, 1),
-        threads=32 * groups * cut.blocks,
+        groups=((q_heads + 2 * kv_heads) * 4 // cut.tiles + 2 * kv_heads, cut.groups, 1),
+        threads=32 * cut.simdgroups,
     )
     return q, (keys, values)
 
@@ -135,7 +135,7 @@ def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
     groups, cut = simdgroups(columns), row_blocks(batch, columns)
     body = (
         f"threadgroup float sums[{16 * groups * cut.vectors}];\n"
-        f"out_residual<{width}, {columns}, {cut.each}, {cut.blocks}>(x, {weight.value}, bias, "
+        f"out_residual<{width}, {columns}, {cut.template}>(x, {weight.value}, bias, "
         f"residual, y, sums, {cut.batch}, $tile, $thread_id, $lane, $group);"
     )
     (y,) = launch(
@@ -144,7 +144,7 @@ def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
         {"y": ((batch, width), x.dtype)},
         body=body,
         groups=(width // 16, cut.groups, 1),
-        threads=32 * groups * cut.blocks,
+        threads=32 * cut.simdgroups,
     )
     return y
 

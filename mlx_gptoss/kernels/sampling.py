@@ -49,9 +49,10 @@ def unembed(
     inputs = {"x": x, "norm": norm, **weight.inputs, "allowed": allowed}
     inputs |= {"control": control, "temperature": temperature}
     groups, cut = simdgroups(width), row_blocks(batch, width)
+    tiles = cut.tiles if vocabulary % (cut.tiles * TILE) == 0 else 1
     body = (
-        f"threadgroup float sums[{65 * groups * cut.vectors}];\n"
-        f"unembed<{width}, {vocabulary}, {cut.each}, {cut.blocks}>(x, norm, {weight.value}, "
+        f"threadgroup float sums[{(TILE * tiles + 1) * groups * cut.vectors}];\n"
+        f"unembed<{width}, {vocabulary}, {cut.template}, {tiles}>(x, norm, {weight.value}, "
         f"allowed, control, temperature, logits, best, sums, {number(eps)}, {cut.batch}, "
         "$tile, $lane, $group);"
     )
@@ -63,8 +64,8 @@ def unembed(
             "best": ((batch, vocabulary // TILE, 4), mx.float32),
         },
         body=body,
-        groups=(vocabulary // TILE, cut.groups, 1),
-        threads=32 * groups * cut.blocks,
+        groups=(vocabulary // (TILE * tiles), cut.groups, 1),
+        threads=32 * cut.simdgroups,
     )
     return logits, best
 

@@ -33,9 +33,9 @@ log = logging.getLogger("mlx_gptoss")
 Choice = Literal["auto", "on", "off"]
 FLOAT16_LARGEST = 65504  # experts_swiglu keeps 16-bit inputs as float16
 NO_METAL = "this machine has no Metal device"
-# Rows of the check: one alone; pairs of rows, 1, 3 and 4 in a threadgroup (`matrix.row_blocks`), of
-# 5 rows the last half empty; and inputs of 8 elements, which MLX passes otherwise than fewer.
-BATCHES = (1, 2, 5, 8)
+# Rows of the check: one alone; pairs of rows, 1, 3, 4 and 8 in a threadgroup (`matrix.row_blocks`),
+# of 5 rows the last half empty; and inputs of 8 elements, which MLX passes otherwise than fewer.
+BATCHES = (1, 2, 5, 8, 16)
 
 
 @dataclass(frozen=True)
