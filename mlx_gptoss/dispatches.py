@@ -18,8 +18,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gptoss.config import FULL
-from mlx_gptoss.decode import CONTROL, Decoder
+from mlx_gptoss.decode import Decoder
 from mlx_gptoss.decode_state import ROWS
+from mlx_gptoss.kernels.projections import CONTROL
 from mlx_gptoss.kernels.sampling import SAMPLING
 
 VIEWS = frozenset(
@@ -120,8 +121,8 @@ def count_step(decoder: Decoder, *, rows: int, capacity: int) -> Counted:
 
     def call(*arrays: mx.array) -> list[mx.array]:
         tree = tree_unflatten(list(zip(names, arrays, strict=True)))
-        token, control, logprob, append = decoder.step(*tree, filtered=False)
-        return [token, control, logprob, *(a for pair in append for a in pair)]
+        chosen, append = decoder.step(*tree, filtered=False)
+        return [*chosen, *(a for pair in append for a in pair)]
 
     return count_traced(call, [array for _, array in flat])
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["attention", "moe", "decode_state"],
     ["model", "unpack"],
     ["decode_weights"],
+    ["decode_step"],
     ["decode"],
     ["demo", "hub"],
     ["steps", "dispatches", "generation_stats"],
