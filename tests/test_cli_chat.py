@@ -140,6 +140,25 @@ def test_a_path_and_a_text_of_several_lines_are_messages(
         assert f"<|start|>user<|message|>{said}<|end|>" in prompt
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o000])
+def test_a_saved_chat_is_its_owners_unless_it_was_shared(
+    answering: scripted.ScriptedModel, tmp_path: Path, umask: int
+) -> None:
+    """Saving over a chat that only its owner could read let everybody read it."""
+    new, shared = tmp_path / "new", tmp_path / "shared"
+    (tmp_path / ".new.part").write_text("left by a killed one, for all to read")
+    before = os.umask(umask)
+    try:
+        assert chat(f"One?\n/save {new}\n/save {shared}\n").exit_code == 0
+        assert new.stat().st_mode & 0o777 == 0o600
+        shared.chmod(0o640)
+        assert chat(f"/load {new}\nTwo?\n/save {new}\n/save {shared}\n").exit_code == 0
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (new, shared)] == [0o600, 0o640]
+    assert len(json.loads(shared.read_text())["messages"]) == 6
+
+
 MESSAGE = {"role": "assistant", "content": "a", "channel": "final"}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,12 +36,17 @@ class SavedChat:
 def write_chat(path: Path, chat: SavedChat) -> None:
     """Write a chat, over an older one if need be, in one step.
 
+    A new file is for its owner's eyes only, as caches of conversations and the history of what was
+    typed are; an older one keeps its mode.
+
     Raises:
         GptOssError: The file exists and is no chat; it stays as it is.
         OSError: The disk refuses.
     """
+    mode = 0o600
     if path.exists():
         _refuse_to_lose(path)
+        mode = stat.S_IMODE(path.stat().st_mode)
     state = {
         "format": FORMAT,
         "date": chat.date,
@@ -50,7 +56,10 @@ def write_chat(path: Path, chat: SavedChat) -> None:
     }
     part = path.with_name(f".{path.name}.part")
     try:
+        part.unlink(missing_ok=True)  # of a killed writer; never filled under its old mode
+        part.touch(mode=0o600, exist_ok=False)
         part.write_text(json.dumps(state, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        part.chmod(mode)
         os.replace(part, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
