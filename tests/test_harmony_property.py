@@ -195,10 +195,11 @@ def test_any_stream_is_taken_and_nothing_is_lost(batch: int) -> None:
         assert not missing, f"seed {seed}: {missing} in {load_vocabulary().decode_bytes(tokens)!r}"
 
 
-def test_parsers_share_nothing_and_chunks_do_not_matter() -> None:
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_parsers_share_nothing_and_chunks_do_not_matter(batch: int) -> None:
     """Two parsers fed in turns, in chunks of any size, tell what each tells alone."""
-    rng = random.Random(5)
-    for seed in range(0, 2000, 2):
+    rng = random.Random(batch)
+    for seed in range(batch * PER_BATCH, (batch + 1) * PER_BATCH, 2):
         streams = [stream(seed), stream(seed + 1)]
         parsers = [HarmonyParser(TOOLS), HarmonyParser(TOOLS)]
         found: list[list[Event]] = [[], []]
