@@ -62,6 +62,8 @@ def generate(
 
     The answer goes to stdout; on a terminal the model's reasoning precedes it, dimmed.
     """
+    from mlx_gptoss.library import find_model
+
     if raw and as_json:
         raise click.UsageError("--raw and --json exclude each other")
     if show_reasoning and (raw or as_json):
@@ -69,8 +71,9 @@ def generate(
     text = _prompt_text(prompt)
     model = chosen_model(model, quiet=quiet)
     rendered = _render(text, system=system, reasoning=reasoning)
-    max_tokens = _granted(model, embedding, rendered, max_tokens)
-    folder, engine, load_s = _load(model, embedding)
+    folder = find_model(model)
+    max_tokens = _granted(folder, embedding, rendered, max_tokens)
+    engine, load_s = _load(folder, embedding)
     with _prefixes(engine, folder, cache_dir) as prefixes:
         turn, slot = _turn(engine, rendered, prefixes, sampling, max_tokens, quiet)
         if as_json:
@@ -96,13 +99,12 @@ def _prompt_text(prompt: str | None) -> str:
 
 
 def _granted(
-    name: str, embedding: "EmbeddingPlace", prompt: "Prompt", max_tokens: int | None
+    folder: Path, embedding: "EmbeddingPlace", prompt: "Prompt", max_tokens: int | None
 ) -> int | None:
     """`max_tokens`, or as many as the memory has room for; what does not fit is refused."""
-    from mlx_gptoss.library import find_model
     from mlx_gptoss.memory import memory_of
 
-    memory = memory_of(find_model(name), limit_bytes=None, embedding=embedding)
+    memory = memory_of(folder, limit_bytes=None, embedding=embedding)
     if memory is None:
         return max_tokens
     count = len(prompt.tokens)
@@ -110,16 +112,15 @@ def _granted(
     return max(1, context - count) if max_tokens is None else max_tokens
 
 
-def _load(name: str, embedding: "EmbeddingPlace") -> "tuple[Path, Engine, float]":
-    """The folder and the engine of a model, and how long loading took."""
-    from mlx_gptoss.library import find_model, kernel_record
+def _load(folder: Path, embedding: "EmbeddingPlace") -> "tuple[Engine, float]":
+    """The engine of a model, and how long loading took."""
+    from mlx_gptoss.library import kernel_record
     from mlx_gptoss.model import load_model
     from mlx_gptoss.turn import harmony_engine
 
-    folder = find_model(name)
     began = time.perf_counter()
     model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
-    return folder, harmony_engine(model), time.perf_counter() - began
+    return harmony_engine(model), time.perf_counter() - began
 
 
 @contextmanager
