@@ -6,7 +6,7 @@ from datetime import date
 from typing import Literal
 
 from mlx_gptoss.conversation import Answers, Messages, Tools, read_conversation
-from mlx_gptoss.harmony import ReasoningEffort
+from mlx_gptoss.harmony import ReasoningEffort, RenderOptions
 from mlx_gptoss.harmony.ledger import prepare_prompt
 from mlx_gptoss.memory import Memory
 from mlx_gptoss.owner import Task
@@ -31,11 +31,14 @@ class Request:
     sampling: SamplingParams | None
     on_prefill: Callable[[int, int], None] | None = None
 
-    def read(self, *, admission: Memory | None, outbox: Outbox) -> tuple[Task, TurnRules | None]:
+    def read(
+        self, *, admission: Memory | None, rendering: RenderOptions, outbox: Outbox
+    ) -> tuple[Task, TurnRules | None]:
         """The turn for the thread that owns the model, and the rules that it has no guide for yet.
 
         Args:
             admission: Says what to reserve; None reserves what is asked for.
+            rendering: How the conversation is told to the model.
             outbox: Takes the events.
 
         Raises:
@@ -55,7 +58,7 @@ class Request:
             tool_choice=self.tool_choice,
             response_format=self.response_format,
         )
-        prompt = prepare_prompt(conversation.messages)
+        prompt = prepare_prompt(conversation.messages, options=rendering)
         context = len(prompt.tokens)
         if admission is not None:
             context = admission.grant(context, max_tokens)

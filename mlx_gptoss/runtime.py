@@ -26,7 +26,7 @@ from mlx_gptoss import library, memory, model
 from mlx_gptoss.cache_folder import CacheFolder, open_folder
 from mlx_gptoss.conversation import Answers, Messages, Tools
 from mlx_gptoss.engine import MOST_AT_ONCE, Engine
-from mlx_gptoss.harmony import FinishReason, Message, tool_result
+from mlx_gptoss.harmony import FinishReason, Message, RenderOptions, Schemas, tool_result
 from mlx_gptoss.memory import Memory
 from mlx_gptoss.owner import Owner, Task
 from mlx_gptoss.request import Effort, Request
@@ -40,6 +40,8 @@ from mlx_gptoss.turn import Reply, harmony_engine
 
 CACHE_BYTES = 2**30  # of keys and values kept between turns; less where memory is short
 CONCURRENT = 4  # turns at once; each makes the others slower, though less than its share
+
+ToolSchemas = Literal["openai", "resolved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class Runtime:
         files: Opens the folder that keeps them beyond this process, for the model that was loaded;
             called once, in the owner thread. None keeps them nowhere.
         concurrent: Most turns at once, 1 to 16; others wait in the order they came.
+        tool_schemas: See `open`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -78,11 +81,15 @@ class Runtime:
         cache_bytes: int = CACHE_BYTES,
         files: Callable[[model.Model], CacheFolder] | None = None,
         concurrent: int = CONCURRENT,
+        tool_schemas: ToolSchemas = "openai",
     ):
         if not 1 <= concurrent <= MOST_AT_ONCE:
             raise ValueError(f"concurrent: expected 1 to {MOST_AT_ONCE}, got {concurrent}")
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes: expected a number >= 0, got {cache_bytes}")
+        if tool_schemas not in list(Schemas):
+            raise ValueError(f"tool_schemas: expected {' or '.join(Schemas)}, got {tool_schemas!r}")
+        self._rendering = RenderOptions(schemas=Schemas(tool_schemas))
         self._admission = admission
         self._owner = Owner(
             load, memory=admission, cache_bytes=cache_bytes, files=files, concurrent=concurrent
@@ -100,6 +107,7 @@ class Runtime:
         concurrent: int = CONCURRENT,
         memory_limit_bytes: int | None = None,
         embedding: EmbeddingPlace = "memory",
+        tool_schemas: ToolSchemas = "openai",
     ) -> "Runtime":
         """Load a model; close the runtime, or leave its `with` block, to free the memory.
 
@@ -112,6 +120,9 @@ class Runtime:
             concurrent: Most turns at once, 1 to 16; others wait in the order they came.
             memory_limit_bytes: What everything may take; None asks the machine.
             embedding: See `load_model`.
+            tool_schemas: How parameters of tools are told to the model: "openai" in the words that
+                it was trained on, where `$ref`, `anyOf`, `allOf`, `const` and enumerated numbers
+                are lost; "resolved" keeps their meaning, in words that it has seen less of.
 
         Raises:
             ModelNotFoundError: No such model here; says how to get it.
@@ -130,6 +141,7 @@ class Runtime:
             cache_bytes=cache_bytes,
             files=partial(open_folder, cache_dir, folder) if cache_dir is not None else None,
             concurrent=concurrent,
+            tool_schemas=tool_schemas,
         )
 
     def stream(
@@ -361,7 +373,11 @@ class Runtime:
 
     def _read(self, request: Request) -> tuple[Task, TurnRules | None]:
         self._owner.check()
-        return request.read(admission=self._admission, outbox=Outbox(self._owner.wake))
+        return request.read(
+            admission=self._admission,
+            rendering=self._rendering,
+            outbox=Outbox(self._owner.wake),
+        )
 
     def _guide(self, task: Task, rules: TurnRules | None) -> None:
         self._owner.submit(task if rules is None else replace(task, guide=Guide(rules)))

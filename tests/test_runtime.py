@@ -206,6 +206,20 @@ def test_messages_of_ours_say_everything_themselves(
         runtime.respond(head)
 
 
+UNIT = {"anyOf": [{"type": "string", "enum": ["C", "F"]}, {"type": "null"}]}
+LOOK = {"name": "look", "parameters": {"type": "object", "properties": {"unit": UNIT}}}
+
+
+@pytest.mark.parametrize(
+    ("tool_schemas", "told"), [("openai", "unit?: any,"), ("resolved", 'unit?: "C" | "F" | null,')]
+)
+def test_parameters_of_tools_are_told_in_either_way(tool_schemas: str, told: str) -> None:
+    runtime, model = open_scripted(scripted.ANSWERED, tool_schemas=tool_schemas)
+    with runtime:
+        runtime.respond("Hi", tools=[{"type": "function", "function": LOOK}], sampling=GREEDY)
+    assert told in load_vocabulary().decode(model.prompt)
+
+
 def test_what_loading_raises_is_raised_by_open() -> None:
     def load() -> Any:
         raise GptOssError("no such thing")
@@ -229,6 +243,8 @@ def test_open_finds_loads_and_frees(folder: Path) -> None:
         Runtime.open(str(folder), memory_limit_bytes=1000)
     with pytest.raises(ValueError, match="concurrent: expected 1 to 16, got 0"):
         Runtime.open(str(folder), concurrent=0)
+    with pytest.raises(ValueError, match="tool_schemas: expected openai or resolved, got 'json'"):
+        Runtime.open(str(folder), tool_schemas="json")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cache_bytes: expected a number >= 0, got -1"):
         Runtime.open(str(folder), cache_bytes=-1)
 

@@ -12,7 +12,7 @@ the rule itself.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, StrEnum
 
 from mlx_gptoss.errors import HarmonyError
 from mlx_gptoss.harmony.messages import (
@@ -41,7 +41,7 @@ class OldAnalysis(Enum):
     KEEP = "keep"
 
 
-class Schemas(Enum):
+class Schemas(StrEnum):
     """How the parameters of tools are told to the model."""
 
     OPENAI = "openai"
