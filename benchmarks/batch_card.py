@@ -34,9 +34,9 @@ from benchmarks.decode_card import EPOCH_S, MODELS, WEIGHT_SHARE  # noqa: E402
 from benchmarks.traffic import MODEL, packed_bytes  # noqa: E402
 from mlx_gptoss.chips import CHIPS  # noqa: E402
 from mlx_gptoss.config import ModelConfig  # noqa: E402
-from mlx_gptoss.kernels.cases import Dense, Inputs  # noqa: E402
 from mlx_gptoss.kernels.definitions import expert_groups  # noqa: E402
 from mlx_gptoss.kernels.grouped import BLOCK  # noqa: E402
+from mlx_gptoss.kernels.inputs import Dense, Inputs  # noqa: E402
 from mlx_gptoss.kernels.registry import KERNELS  # noqa: E402
 from mlx_gptoss.metal.emulator import emulate  # noqa: E402
 

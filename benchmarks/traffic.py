@@ -30,7 +30,7 @@ import mlx.core as mx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes  # noqa: E402
+from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes  # noqa: E402
 from mlx_gptoss.kernels.registry import KERNELS  # noqa: E402
 from mlx_gptoss.matrix import Matrix  # noqa: E402
 from mlx_gptoss.metal.emulator import Report, emulate  # noqa: E402

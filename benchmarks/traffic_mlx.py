@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.traffic import Row, row_of
-from mlx_gptoss.kernels.cases import Sizes
+from mlx_gptoss.kernels.inputs import Sizes
 from mlx_gptoss.metal.emulator import Buffer, Report
 from tests.emulator.mlx_kernels import buffer, empty, ints, kernel, launch
 

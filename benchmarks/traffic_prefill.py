@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.traffic import MODEL
-from mlx_gptoss.kernels.cases import Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import Buffer, Report, emulate
 from tests.emulator.mlx_kernels import buffer, empty, kernel, launch

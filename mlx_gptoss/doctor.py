@@ -228,7 +228,7 @@ def _power(machine: Machine) -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Each kernel, at the 20b's widths; the outcome is kept for the models loaded later."""
+    """Each kernel, as a 20b that was loaded here found them, or else with random weights."""
     import mlx.core as mx
 
     from mlx_gptoss.kernels.selection import NO_METAL, choose_kernels, sizes_of
@@ -241,6 +241,7 @@ def _kernels() -> Iterator[Finding]:
         sizes_of(GPT_OSS_20B),
         dtype=mx.bfloat16,
         dense=["plain"],
+        layers=[],
         expert_input_bound=0,
         record=kernel_record(),
     )

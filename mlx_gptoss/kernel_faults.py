@@ -1,27 +1,22 @@
-"""Our kernels with a user's own weights: the cases of `kernels.cases`, their weights replaced.
-
-Of the experts and of the vocabulary only the first few take part: each is treated alike.
-"""
+"""Our kernels with a user's own weights: each alone as a model launches it, and all in a step."""
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import mlx.core as mx
 
 from mlx_gptoss.decode import Decoder
-from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
-from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Inputs
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import KernelSet, check_sizes, sizes_of, unread
-from mlx_gptoss.matrix import Matrix
+from mlx_gptoss.kernels.selection import KernelSet, disagreement, sizes_of, unread
+from mlx_gptoss.layer_weights import weights_of_layer
 from mlx_gptoss.model import Model, dense_forms
 from mlx_gptoss.sampling import SamplingParams
 
 
 def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
-    """Run a kernel and its definition with the weights of one layer.
+    """Run a kernel and its definition with the weights of one layer, in every way a model does.
 
     Args:
         stem: of the kernel.
@@ -31,17 +26,15 @@ def kernel_fault(stem: str, model: Model, *, layer: int) -> str:
     Returns:
         What is wrong with the kernel here; empty if it agrees.
     """
-    kernel = KERNELS[stem]
-    make = Inputs(check_sizes(sizes_of(model.config)), dtype=model.dtype, dense=_dense(model))
-    arguments = kernel.case(make)
-    arguments |= {
-        k: v for k, v in _weights(stem, model, layer, make.sizes).items() if k in arguments
-    }
-    try:
-        worst = max(compare(kernel, arguments))
-    except Exception as error:  # whatever Metal's compiler or driver says is the finding
-        return f"failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
-    return "" if worst <= MOST_EXCESS else f"differs by {worst:.3g} times its tolerance"
+    weights = weights_of_layer(
+        model.layers[layer],
+        embedding=model.embedding,
+        norm=model.norm,
+        unembedding=model.unembedding,
+    )
+    source = partial(Inputs, dtype=model.dtype, weights=weights)
+    reason = disagreement(KERNELS[stem], sizes_of(model.config), sources=[source])
+    return reason.removeprefix("it ")
 
 
 def with_all_kernels(model: Model) -> Model:
@@ -78,42 +71,3 @@ def decoded(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int],
         logprobs.append(float(decoding.state.rows.logprob))
     decoding.finish()
     return tokens, logprobs
-
-
-def _dense(model: Model) -> Dense:
-    bits = model.unembedding.bits
-    return "plain" if bits is None else "q8" if bits == 8 else "q4"
-
-
-def _weights(stem: str, model: Model, layer: int, sizes: Sizes) -> dict[str, Any]:
-    """The model's weights under the names of the kernels' arguments."""
-    attention, moe = model.layers[layer]
-    norms = {"norm_qkv_rope": attention.norm, "route": moe.norm}
-    table = model.embedding
-    whole = table if isinstance(table, Matrix) else table.rows(mx.arange(sizes.vocab))
-    outer = {"embed": whole, "unembed": model.unembedding}
-    return {
-        "matrix": first(outer[stem], sizes.vocab) if stem in outer else attention.out,
-        "norm": norms.get(stem, model.norm),
-        "projections": (attention.q, attention.k, attention.v),
-        "sinks": attention.sinks,
-        "router": first(moe.router, sizes.experts),
-        "gate": first(moe.gate, sizes.experts),
-        "up": first(moe.up, sizes.experts),
-        "down": first(moe.down, sizes.experts),
-    }
-
-
-def first(matrix: Matrix, count: int) -> Matrix:
-    """The first rows of a matrix, or the first experts of a stack."""
-
-    def cut(array: mx.array | None) -> mx.array | None:
-        return None if array is None else mx.contiguous(array[:count])
-
-    return replace(
-        matrix,
-        weight=mx.contiguous(matrix.weight[:count]),
-        bias=cut(matrix.bias),
-        scales=cut(matrix.scales),
-        offsets=cut(matrix.offsets),
-    )

@@ -30,6 +30,7 @@ from mlx_gptoss.kernels.selection import (
     dense_form,
     sizes_of,
 )
+from mlx_gptoss.layer_weights import unlike_layers, weights_of_layer
 from mlx_gptoss.matrix import Matrix, on_cpu
 from mlx_gptoss.moe import MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable, softmax_scale
@@ -366,11 +367,13 @@ def load_model(
     )
     mx.eval(model.arrays)
     widest_norm = max(float(mx.abs(moe.norm).max()) for _, moe in model.layers)
+    outer = {"embedding": model.embedding, "norm": model.norm, "unembedding": model.unembedding}
     model.kernels = choose_kernels(
         kernels,
         sizes_of(model.config),
         dtype=model.dtype,
         dense=dense_forms(model),
+        layers=[weights_of_layer(layer, **outer) for layer in unlike_layers(model.layers)],
         expert_input_bound=model.config.hidden_size**0.5 * widest_norm,
         record=kernel_record,
     )

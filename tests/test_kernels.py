@@ -15,7 +15,7 @@ from mlx_gptoss import reference
 from mlx_gptoss.errors import EmulatorError
 from mlx_gptoss.kernels import launch
 from mlx_gptoss.kernels.agreement import agrees, compare, excess, flattened, widened
-from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.sampling import unpacked

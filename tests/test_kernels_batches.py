@@ -13,7 +13,7 @@ from test_kernels_sources import PUBLISHED, metal_text
 
 from mlx_gptoss.kernels.agreement import flattened
 from mlx_gptoss.kernels.batches import groups_experts
-from mlx_gptoss.kernels.cases import Arguments, Dense, Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Arguments, Dense, Inputs, Sizes
 from mlx_gptoss.kernels.matrix import row_blocks
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate, ptx

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gptoss.kernels.cases import Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample, unpacked

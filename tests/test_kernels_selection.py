@@ -15,9 +15,9 @@ from weights import tiny_model
 
 from mlx_gptoss.errors import KernelError
 from mlx_gptoss.kernel_faults import with_all_kernels
-from mlx_gptoss.kernels import registry, selection
+from mlx_gptoss.kernels import registry, selection, trials
 from mlx_gptoss.kernels.agreement import compare
-from mlx_gptoss.kernels.cases import Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import (
     KernelSet,
@@ -25,11 +25,12 @@ from mlx_gptoss.kernels.selection import (
     choose_kernels,
     dense_form,
 )
+from mlx_gptoss.kernels.trials import ROWS
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import dense_forms
 
-SIZES = Sizes(hidden=128, inter=96, vocab=256, capacity=64, base=50, slot=5, rows=32)
+SIZES = Sizes(hidden=128, inter=96, vocab=256, capacity=64, base=50, slot=5, rows=ROWS)
 
 
 def choose(
@@ -41,7 +42,7 @@ def choose(
     dense: Sequence[str] = ("plain",),
 ) -> KernelSet:
     return choose_kernels(
-        choice, SIZES, dtype=dtype, dense=dense, expert_input_bound=bound, record=record
+        choice, SIZES, dtype=dtype, dense=dense, layers=[], expert_input_bound=bound, record=record
     )
 
 
@@ -50,6 +51,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The emulator poses as a Metal device; the rows above the slot are undefined by design."""
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "emulator"})
+    monkeypatch.setattr(trials, "BATCHES", (1, 5))  # the others cost seconds of compiling
     with emulate(mode="plain", allow=("unwritten-output",)):
         yield
 
@@ -110,7 +112,7 @@ def test_a_kernel_that_is_wrong_for_some_batches_falls_back(
         return y, logits + 1e-3 * (x.shape[0] == rows)
 
     replaced("route", wrong, monkeypatch)
-    assert selection.checked(SIZES, dtype=mx.float32, dense=["plain"], record=None)
+    assert selection.checked(SIZES, dtype=mx.float32, dense=["plain"], layers=[], record=None)
 
 
 @pytest.mark.usefixtures("metal")
@@ -123,7 +125,7 @@ def test_a_kernel_that_is_wrong_for_one_form_falls_back(monkeypatch: pytest.Monk
         return y, logits + 1e-3 * (router.bits == 8)
 
     replaced("route", wrong, monkeypatch)
-    check = partial(selection.checked, SIZES, dtype=mx.float32, record=None)
+    check = partial(selection.checked, SIZES, dtype=mx.float32, layers=[], record=None)
     assert not check(dense=["plain", "q4"])
     assert check(dense=["plain", "q8"])
 

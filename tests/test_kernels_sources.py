@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gptoss.errors import KernelError
-from mlx_gptoss.kernels.cases import Dense, Inputs, Sizes
+from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import check_strict, emulate, ptx
 from mlx_gptoss.metal.emulator.standin import EmulatedKernel

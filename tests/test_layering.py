@@ -19,6 +19,7 @@ LAYERS = [
     ["reference", "sampling", "table"],
     ["convert", "kernels", "cache"],
     ["attention", "moe", "decode_state"],
+    ["layer_weights"],
     ["model", "unpack"],
     ["decode_weights"],
     ["decode_step"],

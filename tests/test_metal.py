@@ -9,7 +9,7 @@ import pytest
 from mlx_gptoss import verify
 from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.kernels.agreement import MOST_EXCESS, agrees
-from mlx_gptoss.kernels.cases import Sizes
+from mlx_gptoss.kernels.inputs import Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.library import find_model
 from mlx_gptoss.model import load_model

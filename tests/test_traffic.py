@@ -9,7 +9,7 @@ import pytest
 from benchmarks.traffic import AT_32K, GOLDENS, MODEL, Row, golden_cases, measure
 from benchmarks.traffic_prefill import ours, run_steel, steel
 from mlx_gptoss.kernels.agreement import excess
-from mlx_gptoss.kernels.cases import Inputs
+from mlx_gptoss.kernels.inputs import Inputs
 from mlx_gptoss.kernels.registry import KERNELS
 
 GOLDEN = {name: Row(**row) for name, row in json.loads(GOLDENS.read_text()).items()}

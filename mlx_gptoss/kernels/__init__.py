@@ -5,9 +5,12 @@
     projections, attention, experts, grouped, sampling    the wrappers
     batches       from how many rows on a step groups its experts
     definitions   each kernel's meaning in plain MLX, under the same signature
-    cases         random inputs for each kernel
+    inputs        sizes, weights and random numbers
+    cases         of which each kernel's inputs are made
     registry      all of it by stem
-    agreement     whether a kernel agrees with its meaning, here, on this machine
+    trials        the sizes on which a kernel must agree before it runs a model
+    agreement     whether it agrees with its meaning, here, on this machine
+    selection     which kernels run
 
 Nothing outside this package reads `metal/`.
 """

@@ -1,10 +1,10 @@
 """Which kernels run: those that have agreed with their definition on this very machine.
 
-The check runs each kernel on random inputs of the model's widths (with few experts and a short
-vocabulary: a second copy of the weights would not fit), for a row alone and for batches, and with
-dense matrices of each form that the model has. Its outcome is kept in a file, under a key made of
-the machine, the OS, MLX and the kernels' sources, so it runs once. A kernel that raises or differs
-is replaced by its definition, and the reason is kept.
+The check launches each kernel as the model will (`trials`), with the model's own weights: what is
+compiled is what will run, and a second copy of the weights would not fit. Without a model they are
+random, in each form that dense matrices may have, and the largest are cut. Its outcome is kept in a
+file, under a key made of the machine, the OS, MLX and the kernels' sources, so it runs once. A
+kernel that raises or differs is replaced by its definition, and the reason is kept.
 """
 
 import hashlib
@@ -13,19 +13,23 @@ import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
 
+from mlx_gptoss._version import __version__
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.errors import KernelError
-from mlx_gptoss.kernels.agreement import MOST_EXCESS, agrees
-from mlx_gptoss.kernels.cases import Dense, Sizes
+from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
 from mlx_gptoss.kernels.grouped import GROUPED
+from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes, Weights
 from mlx_gptoss.kernels.launch import source_text
 from mlx_gptoss.kernels.matrix import AFFINE_GROUP
 from mlx_gptoss.kernels.registry import KERNELS, Kernel
+from mlx_gptoss.kernels.trials import ROWS, cut_sizes, trials
 from mlx_gptoss.matrix import Matrix
 
 log = logging.getLogger("mlx_gptoss")
@@ -33,9 +37,8 @@ log = logging.getLogger("mlx_gptoss")
 Choice = Literal["auto", "on", "off"]
 FLOAT16_LARGEST = 65504  # experts_swiglu keeps 16-bit inputs as float16
 NO_METAL = "this machine has no Metal device"
-# Rows of the check: one alone; pairs of rows, 1, 3, 4 and 8 in a threadgroup (`matrix.row_blocks`),
-# of 5 rows the last half empty; and inputs of 8 elements, which MLX passes otherwise than fewer.
-BATCHES = (1, 2, 5, 8, 16)
+
+Source = Callable[[Sizes], Inputs]  # where the weights of a check come from
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def choose_kernels(
     *,
     dtype: mx.Dtype,
     dense: Sequence[str],
+    layers: Sequence[Weights],
     expert_input_bound: float,
     record: Path | None,
 ) -> KernelSet:
@@ -100,9 +104,10 @@ def choose_kernels(
     Args:
         choice: "off" none; "auto" those that agree, with one warning for the others; "on" all, or
             an error.
-        sizes: of the model; see `check_sizes`.
+        sizes: of the model, see `sizes_of`.
         dtype: of activations.
         dense: every form in which dense matrices of the model are stored, see `dense_form`.
+        layers: the weights to check with, of one layer for each form; none where there is no model.
         expert_input_bound: what the experts' inputs cannot exceed, given the norm before them.
         record: file of earlier outcomes; None checks every time.
 
@@ -115,8 +120,7 @@ def choose_kernels(
         if choice == "on":
             raise KernelError(f'kernels="on": {NO_METAL}; use "auto" or "off"')
         return all_definitions(NO_METAL)
-    forms: list[Dense] = [form for form in get_args(Dense) if form in dense]
-    fallbacks = checked(sizes, dtype=dtype, dense=forms or ["plain"], record=record)
+    fallbacks = checked(sizes, dtype=dtype, dense=dense, layers=layers, record=record)
     fallbacks |= unread(dense)
     if dtype != mx.float32 and expert_input_bound >= FLOAT16_LARGEST:
         reason = f"its inputs may reach {expert_input_bound:.0f}, which is beyond float16"
@@ -147,7 +151,7 @@ def dense_form(matrix: Matrix) -> str:
 
 
 def sizes_of(config: ModelConfig) -> Sizes:
-    """The sizes of a model, with the cache of a case."""
+    """The sizes of a model, near the end of its context."""
     return replace(
         Sizes(),
         hidden=config.hidden_size,
@@ -158,54 +162,88 @@ def sizes_of(config: ModelConfig) -> Sizes:
         chosen=config.num_experts_per_tok,
         vocab=config.vocab_size,
         window=config.sliding_window,
+        capacity=config.max_position_embeddings,
+        base=max(0, config.max_position_embeddings - ROWS),
+        rows=ROWS,
     )
 
 
-def check_sizes(sizes: Sizes) -> Sizes:
-    """The sizes of the check: the model's widths, with as few experts and ids as make sense."""
-    return replace(sizes, experts=min(sizes.experts, 8), vocab=min(sizes.vocab, 640))
-
-
 def checked(
-    sizes: Sizes, *, dtype: mx.Dtype, dense: Sequence[Dense], record: Path | None
+    sizes: Sizes,
+    *,
+    dtype: mx.Dtype,
+    dense: Sequence[str],
+    layers: Sequence[Weights],
+    record: Path | None,
 ) -> dict[str, str]:
-    """Stems that cannot be used, with reasons, from the record or from running the check."""
-    sizes = check_sizes(sizes)
-    key = _fingerprint(sizes, dtype, dense)
+    """Stems that cannot be used, with reasons, from the record or from running the check.
+
+    Args:
+        sizes: see `choose_kernels`, for the others, too.
+        dtype: of activations.
+        dense: forms.
+        layers: weights; without any, the outcome of a check with such a model's is preferred.
+        record: of earlier outcomes.
+    """
+    own, random = (
+        _fingerprint(sizes, dtype, dense, weights) for weights in ("of a model", "random")
+    )
     known = _read(record)
-    if key in known:
-        return known[key]
+    for key in (own,) if layers else (own, random):
+        if key in known:
+            return known[key]
+    sources = _sources(dtype, dense, layers)
     reasons = {
         stem: reason
         for stem, kernel in KERNELS.items()
-        if (reason := disagreement(kernel, sizes, dtype=dtype, dense=dense))
+        if (
+            reason := disagreement(
+                kernel, sizes if layers else cut_sizes(stem, sizes), sources=sources
+            )
+        )
     }
     if record is not None:
-        _write(record, {**known, key: reasons})
+        _write(record, {**known, own if layers else random: reasons})
     return reasons
 
 
-def disagreement(kernel: Kernel, sizes: Sizes, *, dtype: mx.Dtype, dense: Sequence[Dense]) -> str:
-    """Why a kernel cannot be used here; empty if it can."""
-    forms = dense if kernel.dense else dense[:1]
+def _sources(dtype: mx.Dtype, dense: Sequence[str], layers: Sequence[Weights]) -> list[Source]:
+    if layers:
+        return [partial(Inputs, dtype=dtype, weights=one) for one in layers]
+    forms: list[Dense] = [form for form in get_args(Dense) if form in dense]
+    return [partial(Inputs, dtype=dtype, dense=form) for form in forms or ["plain"]]
+
+
+def disagreement(kernel: Kernel, sizes: Sizes, *, sources: Sequence[Source]) -> str:
+    """Why a kernel cannot be used here; empty if it can.
+
+    Args:
+        kernel: to be tried.
+        sizes: of the model, or cut.
+        sources: of inputs, one for each form of dense matrices.
+    """
     try:
         worst = max(
             excess
-            for form in forms
-            for batch in BATCHES
-            for excess in agrees(kernel, replace(sizes, batch=batch), dtype=dtype, dense=form)
+            for source in (sources if kernel.dense else sources[:1])
+            for asked in trials(kernel.stem, sizes)
+            for excess in compare(kernel, kernel.case(source(asked)))
         )
     except Exception as error:  # whatever Metal's compiler or driver says: it costs a warning
         return f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return f"it differs by {worst:.3g} times the tolerance" if not worst <= MOST_EXCESS else ""
 
 
-def _fingerprint(sizes: Sizes, dtype: mx.Dtype, dense: Sequence[Dense]) -> str:
+def _fingerprint(sizes: Sizes, dtype: mx.Dtype, dense: Sequence[str], weights: str) -> str:
     device = mx.device_info() if mx.metal.is_available() else {}
     mlx_version = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
-    parts = [platform.platform(), platform.machine(), str(device), mlx_version]
-    parts += [str(sizes), str(dtype), *dense, str(BATCHES), str(MOST_EXCESS)]
+    parts = [platform.platform(), platform.machine(), str(device), mlx_version, __version__]
+    parts += [str(sizes), str(dtype), *sorted(dense), weights]
     parts += [source_text(stem) for stem in KERNELS]
+    ours = files("mlx_gptoss.kernels")
+    if ours.is_dir():  # not in a frozen app, where the version stands for them
+        modules = sorted(ours.iterdir(), key=lambda file: file.name)
+        parts += [file.read_text("utf-8") for file in modules if file.name.endswith(".py")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
