@@ -30,6 +30,8 @@ import mlx.core as mx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mlx_gptoss.config import GPT_OSS_20B  # noqa: E402
+from mlx_gptoss.kernels.grouped import GROUPED  # noqa: E402
 from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes  # noqa: E402
 from mlx_gptoss.kernels.registry import KERNELS  # noqa: E402
 from mlx_gptoss.matrix import Matrix  # noqa: E402
@@ -38,7 +40,7 @@ from mlx_gptoss.metal.emulator import Report, emulate  # noqa: E402
 GOLDENS = ROOT / "tests" / "goldens" / "traffic.json"
 OPENAI = {"experts_swiglu": {"distinct_sectors_ratio": 2.27, "instruction_sectors_ratio": 16.2}}
 
-# The 20b's widths; 5 of its experts and 1408 of its ids: more of the same rows would tell nothing.
+# The models' widths; 5 experts and 1408 ids: more of the same rows would tell nothing.
 # 124 frozen tiles of 32 keys and 4 of the append segment are 8 for each of 16 splits.
 MODEL = Sizes(
     batch=1, hidden=2880, inter=2880, q_heads=64, kv_heads=8, experts=5, vocab=1408, window=128,
@@ -48,12 +50,23 @@ AT_32K = replace(MODEL, capacity=32768, base=1020 * 32, splits=32)
 SAMPLED = {  # threadgroups; the others run whole
     "attention_decode": 32,
     "attention_window_prefill": 16,
-    "experts_down": 10,
-    "experts_swiglu": 32,
+    "norm_qkv_rope": 44,
     "out_residual": 20,
     "unembed": 4,
 }
-OF_BATCHES = ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped")
+EXPERTS = {"20b": 32, "120b": 128}  # all in which the shapes of the two differ
+OF_EXPERTS = {  # with some rows of their matrices
+    "expert_dispatch": {},
+    "expert_groups": {},
+    "experts_down": {"hidden": 160},
+    "experts_down_grouped": {"hidden": 64},
+    "experts_swiglu": {"inter": 128},
+    "experts_swiglu_grouped": {"inter": 64},
+    "route": {},
+}
+OF_VOCABULARY = ("sample_filtered", "sample_token")  # which read all logits, but no weights
+BATCHES = dict.fromkeys(("norm_qkv_rope", "out_residual", "route", "unembed"), (1, 2, 4, 8, 16))
+BATCHES |= dict.fromkeys(GROUPED, (8, 2, 4))
 STREAMS = {
     "attention_decode": ("frozen_k", "frozen_v", "append_k", "append_v"),
     "attention_reduce": ("sums", "ends"),
@@ -69,7 +82,7 @@ STREAMS = {
     "experts_swiglu_grouped": ("gate_w", "gate_s", "up_w", "up_s"),
     "norm_qkv_rope": tuple(f"w{name}_{part}" for name in "qkv" for part in "wso"),
     "out_residual": ("wo_w", "wo_s", "wo_o"),
-    "route": ("wr_w",),
+    "route": ("wr_w", "wr_s", "wr_o"),
     "sample_filtered": ("logits",),
     "sample_token": ("best",),
     "unembed": ("head_w", "head_s", "head_o"),
@@ -153,12 +166,6 @@ def row_of(report: Report, ideal: float, streams: Sequence[str]) -> Row:
 
 def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
     """Run one kernel on bfloat16 activations and count."""
-    if stem in ("route", "expert_dispatch", "expert_groups"):
-        sizes = replace(sizes, experts=32)
-    if stem == "experts_swiglu_grouped":  # whole: 64 rows of a matrix stand for all
-        sizes = replace(sizes, inter=64)
-    if stem == "experts_down_grouped":
-        sizes = replace(sizes, hidden=64)
     given = KERNELS[stem].case(Inputs(sizes, dtype=mx.bfloat16, dense=dense))
     sampled = SAMPLED.get(stem)
     with emulate(threadgroups=sampled, allow=("unwritten-output",)) as session:
@@ -167,21 +174,26 @@ def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
 
 
 def golden_cases() -> dict[str, tuple[str, Dense, Sizes]]:
-    """The kernels of a bfloat16 model with q8 dense matrices, and the plain and q4 forms of one.
+    """Every kernel at the shapes of both models: dense matrices in each form, and in batches.
 
-    Those that share weights among the rows of a batch come with 8 rows, too, and with 16.
+    The form that is counted in batches is q8; the router's is plain, as it is published.
     """
-    packed = {s for s, k in KERNELS.items() if k.dense} - {"route"}
-    cases: list[tuple[str, Dense]] = [(s, "q8" if s in packed else "plain") for s in KERNELS]
-    cases += [("out_residual", "plain"), ("out_residual", "q4")]
-    found = {
-        f"{stem} {dense}": (stem, dense, replace(MODEL, batch=8 if stem in OF_BATCHES else 1))
-        for stem, dense in cases
-    }
-    for stem in ("norm_qkv_rope", "out_residual", "route", "unembed"):
-        dense: Dense = "plain" if stem == "route" else "q8"
-        for rows in (8,) if stem == "route" else (8, 16):
-            found[f"{stem} {dense}, {rows} rows"] = stem, dense, replace(MODEL, batch=rows)
+    found: dict[str, tuple[str, Dense, Sizes]] = {}
+    for stem, kernel in KERNELS.items():
+        sizes = replace(MODEL, **OF_EXPERTS.get(stem, {}))
+        if stem in OF_VOCABULARY:
+            sizes = replace(sizes, vocab=GPT_OSS_20B.vocab_size)
+        usual: Dense = "q8" if kernel.dense and stem != "route" else "plain"
+        forms: list[Dense] = ["plain", "q8", "q4"] if kernel.dense else ["plain"]
+        first, *more = BATCHES.get(stem, (1,))
+        lines = [(dense, first) for dense in forms] + [(usual, rows) for rows in more]
+        for model, experts in EXPERTS.items():
+            if stem not in OF_EXPERTS:
+                model, experts = "", MODEL.experts
+            for dense, rows in lines if model != "120b" else [(usual, first)]:
+                batch = f"{rows} rows" if rows > 1 else ""
+                name = ", ".join(filter(None, (f"{stem} {dense}", batch, model)))
+                found[name] = stem, dense, replace(sizes, batch=rows, experts=experts)
     return found
 
 

@@ -18,7 +18,12 @@ COUNTERS = ("threadgroup_bytes", "distinct_sectors_ratio", "instruction_sectors_
 
 
 def test_every_kernel_has_a_golden() -> None:
+    """In each form of its matrices."""
     assert set(GOLDEN) == set(golden_cases())
+    counted = {(stem, dense) for stem, dense, _ in golden_cases().values()}
+    assert counted >= {(stem, "plain") for stem in KERNELS}
+    packed = {(s, form) for s, kernel in KERNELS.items() for form in ("q8", "q4") if kernel.dense}
+    assert counted >= packed
 
 
 @pytest.mark.parametrize("name", golden_cases())
@@ -39,12 +44,15 @@ def test_rows_share_their_weights(stem: str, rows: int) -> None:
 
 @pytest.mark.parametrize("stem", ["experts_swiglu_grouped", "experts_down_grouped"])
 def test_a_block_reads_its_expert_once(stem: str) -> None:
-    assert GOLDEN[f"{stem} plain"].streamed_ratio == 1.0
+    lines = [name for name in GOLDEN if name.startswith(stem)]
+    assert len(lines) == 4
+    assert {GOLDEN[name].streamed_ratio for name in lines} == {1.0}
 
 
+@pytest.mark.parametrize("model", ["20b", "120b"])
 @pytest.mark.parametrize("stem", ["experts_swiglu", "experts_down"])
-def test_targets_of_the_expert_kernels(stem: str) -> None:
-    row = GOLDEN[f"{stem} plain"]
+def test_targets_of_the_expert_kernels(stem: str, model: str) -> None:
+    row = GOLDEN[f"{stem} plain, {model}"]
     assert row.distinct_sectors_ratio <= 1.25
     assert row.instruction_sectors_ratio <= 2.0
     assert row.streamed_ratio == 1.0
