@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from mlx_gptoss.cache import FullCache, ModelCache, Segment
 from mlx_gptoss.config import ModelConfig
@@ -29,6 +31,8 @@ class StepArrays:
         logprob: (B,) float32 of `token`, at temperature 1.
         sampling: (B, 8) float32: temperature, top-k, top-p, min-p.
         append: keys and values since each row's last merge, (B, Hkv, ROWS, 64) each, per layer.
+        hidden: (B, D), the residual stream after the layers, where `token` was fed to them. Its
+            keys and values are in `append` then, and `control` is as before.
     """
 
     token: mx.array
@@ -36,11 +40,13 @@ class StepArrays:
     logprob: mx.array
     sampling: mx.array
     append: list[Segment]
+    hidden: mx.array | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
         """What to evaluate, and to keep until a later step has been waited for."""
-        return [self.token, self.control, self.logprob, *(a for pair in self.append for a in pair)]
+        made = [self.token, self.control, self.logprob, *(a for pair in self.append for a in pair)]
+        return made if self.hidden is None else [*made, self.hidden]
 
     def map(self, change: Callable[[mx.array], mx.array]) -> "StepArrays":
         """The same with every array changed."""
@@ -50,6 +56,7 @@ class StepArrays:
             logprob=change(self.logprob),
             sampling=change(self.sampling),
             append=[(change(keys), change(values)) for keys, values in self.append],
+            hidden=None if self.hidden is None else change(self.hidden),
         )
 
 
@@ -95,7 +102,7 @@ class DecodeState:
 
 
 def joined(states: Sequence[DecodeState]) -> StepArrays:
-    """The rows of several generations as one batch, in their order."""
+    """The rows of several generations as one batch, in their order; all are fed, or none."""
     step, firsts = states[0].step, accumulate((s.count for s in states), initial=0)
     follows = [
         s.step is step and s.first == first for s, first in zip(states, firsts, strict=False)
@@ -108,12 +115,14 @@ def joined(states: Sequence[DecodeState]) -> StepArrays:
         return mx.concatenate(list(arrays))
 
     segments = zip(*(part.append for part in parts), strict=True)
+    hidden = [part.hidden for part in parts if part.hidden is not None]
     return StepArrays(
         token=join([part.token for part in parts]),
         control=join([part.control for part in parts]),
         logprob=join([part.logprob for part in parts]),
         sampling=join([part.sampling for part in parts]),
         append=[(join([k for k, _ in s]), join([v for _, v in s])) for s in segments],
+        hidden=join(hidden) if hidden else None,
     )
 
 
@@ -126,6 +135,8 @@ class Decoding:
         state: the newest state; its token is not fed yet.
         frozen: keys and values of each layer up to the last merge.
         filtered: some row has a top-k, top-p or min-p.
+        allowed: (V/32,) uint32, see `sampling.packed`: of what its rows may sample next, all that a
+            guide lets them; None where there is no guide.
     """
 
     def __init__(
@@ -144,6 +155,7 @@ class Decoding:
             )
         self._cache = cache
         self._previous: DecodeState | None = None
+        self.allowed: npt.NDArray[np.uint32] | None = None
         count = token.size
         self.frozen = _frozen(cache)
         self.filtered = any(map(_filters, sampling))
@@ -165,10 +177,20 @@ class Decoding:
         """Positions of the longest frozen segment."""
         return max(keys.shape[2] for keys, _ in self.frozen)
 
+    @property
+    def is_fed(self) -> bool:
+        """Whether the layers of the next step were taken already."""
+        return self.state.step.hidden is not None
+
     def step_to(self, step: StepArrays, first: int) -> None:
-        """Go on to this generation's rows of a step, and keep the state before it."""
-        before = self._previous = self.state
-        self.state = DecodeState.of(step, first=first, count=before.count, slot=before.slot + 1)
+        """Go on to this generation's rows of a step, and keep the state before it.
+
+        Where only the layers were taken there is nothing to keep: they add rows beyond the slot.
+        """
+        state, slot = self.state, self.state.slot
+        if step.hidden is None:
+            self._previous, slot = state, slot + 1
+        self.state = DecodeState.of(step, first=first, count=state.count, slot=slot)
 
     def keep(self) -> None:
         """The last step counts: it can no longer be dropped."""

@@ -3,15 +3,16 @@
 While the host looks at a token, the device already computes the next one from it: at most two steps
 are in flight. A step computed in vain, because its input was the last token, is dropped by putting
 the cache back. Several generations may take each step together, which reads the weights once for
-all of them; a single one is a batch of one. The engine knows nothing of text or harmony, and
-belongs to one thread.
+all of them; a single one is a batch of one. Beside a guided one all feed their tokens ahead, and
+choose the next ones once its guide has seen its own. The engine knows nothing of text or harmony,
+and belongs to one thread.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
-from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -28,8 +29,6 @@ from mlx_gptoss.steps import Guide, KernelSteps, ModelSteps, Steps
 
 MOST_AT_ONCE = 16  # generations of one engine that may take turns
 PREFILL_CHUNK = 512  # tokens at most; bounds the memory of a long prompt
-
-Kind = TypeVar("Kind", bound=Steps)
 
 
 class Finish(StrEnum):
@@ -92,17 +91,17 @@ class Engine:
     ) -> tuple[mx.array, Steps]:
         """Launch the first token after a prompt, from (1, V); it, and what takes the steps after.
 
-        The kernels take them where some are used and nothing guides them.
+        The kernels take them where some are used.
         """
         plain = ModelSteps(self.model, cache, sampling=sampling, allowed=self._allowed, guide=guide)
         token = plain.first(logits)
         kernels = self.model.kernels
-        if guide or not kernels.used:
+        if not kernels.used:
             return token, plain
         if self._decoder is None:
             self._decoder = Decoder(self.model, kernels=kernels, allowed=self._allowed)
         # `plain` ends here: its snapshot would turn every merge into a copy
-        return token, KernelSteps(self._decoder, cache, sampling=sampling)
+        return token, KernelSteps(self._decoder, cache, sampling=sampling, guide=guide)
 
     def launch(self, generations: Sequence["Generation"]) -> None:
         """Take the next step of several generations together.
@@ -115,13 +114,14 @@ class Engine:
         """
         ready = [one for one in generations if one._prepare()]
         late = [one for one in ready if one._is_read]
-        _take(ModelSteps, late)
-        _take(KernelSteps, late)
+        _take(late)
         for one in late:
             one._shift()
         ahead = [one for one in ready if one._may_run_ahead]
-        _take(ModelSteps, ahead)
-        _take(KernelSteps, ahead)
+        if any(one._guide is not None for one in ahead):
+            _feed(ahead)
+        else:
+            _take(ahead)
 
     def generate(
         self,
@@ -304,7 +304,7 @@ class Generation(Iterator[int]):
 
     @property
     def _may_run_ahead(self) -> bool:
-        """Whether a step from the token to be read can be launched before it is."""
+        """Whether the token to be read can be fed before it is."""
         if self._fault is not None or self._steps is None or self._steps.waits:
             return False
         return self._meter.emitted + 1 < self._limit
@@ -337,7 +337,7 @@ class Generation(Iterator[int]):
         self._is_over = True
         self._engine.dropped.extend(a for a in (self._token, self._ahead) if a is not None)
         if self._steps is not None:
-            self._steps.end()
+            self._engine.dropped.extend(self._steps.end())
         self._steps = self._token = self._ahead = None
 
     def _chunk(self) -> int:
@@ -355,17 +355,30 @@ class Generation(Iterator[int]):
         self._on_prefill(total - len(self._left), total)
 
 
-def _take(kind: type[Kind], generations: Sequence[Generation]) -> None:
-    """Launch one more step of those generations whose steps are of a kind; they share a fault."""
-    rows = [(one, one._steps) for one in generations if isinstance(one._steps, kind)]
-    tokens = [one._token for one, _ in rows if one._token is not None]
-    if not rows:
-        return
+def _take(generations: Sequence[Generation]) -> None:
+    """Launch the next tokens of generations whose steps are of one kind."""
+    with _one_fault(generations) as (steps, tokens):
+        ahead = type(steps[0]).take(steps, tokens) if steps else []
+        for one, token in zip(generations, ahead, strict=True):
+            one._ahead = token
+
+
+def _feed(generations: Sequence[Generation]) -> None:
+    """Launch what those steps can do without a guide."""
+    with _one_fault(generations) as (steps, tokens):
+        type(steps[0]).feed(steps, tokens)
+
+
+@contextmanager
+def _one_fault(
+    generations: Sequence[Generation],
+) -> Iterator[tuple[list[Steps], list[mx.array]]]:
+    """Steps and tokens of generations that go on together; what fails for one fails for all."""
     try:
-        ahead = kind.take([steps for _, steps in rows], tokens)
+        yield (
+            [one._steps for one in generations if one._steps is not None],
+            [one._token for one in generations if one._token is not None],
+        )
     except Exception as error:
-        for one, _ in rows:
+        for one in generations:
             one._fault = error
-        return
-    for (one, _), token in zip(rows, ahead, strict=True):
-        one._ahead = token

@@ -1,8 +1,9 @@
 """How generations take their decode steps: through the model, or through the compiled kernels.
 
 Both start after the prompt, give each token from the one before without waiting for it, and can
-forget the last step taken, which is how the engine stays one step ahead of the host. The steps of
-several generations are taken together; none depends on who else is there.
+forget the last step taken, which is how the engine stays one step ahead of the host. Where a guide
+must see a token to say which may follow, that token is fed ahead, and the next one chosen later.
+The steps of several generations are taken together; none depends on who else is there.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ class Steps(Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether the next step must not be taken before the host has its token.
+        """Whether the next token must not be fed before the host has it.
 
-        So it is where a guide says what may come next; and where recent keys and values are merged
-        into the long stores, which with nothing in flight, after `ready`, happens in place.
+        So it is where recent keys and values are merged into the long stores, which with nothing in
+        flight, after `ready`, happens in place.
         """
         ...
 
@@ -56,14 +57,25 @@ class Steps(Protocol):
         """
         ...
 
+    @classmethod
+    def feed(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> None:
+        """Launch what a step can do without its guide; `take` of the same tokens does the rest.
+
+        Args:
+            steps: Of the generations.
+            tokens: As of `take`.
+        """
+        ...
+
     def ready(self) -> None:
-        """The token of a step that waits is known: hold no earlier state, see what may come."""
+        """The host has the token to feed, or fed: hold no earlier state, see what may follow."""
 
     def keep(self) -> None:
         """The step taken last counts: it can no longer be forgotten."""
 
-    def end(self) -> None:
-        """Bring the cache to the last step kept."""
+    def end(self) -> list[mx.array]:
+        """Bring the cache to the last step kept; returns what was dropped in flight."""
+        ...
 
 
 class ModelSteps:
@@ -91,32 +103,50 @@ class ModelSteps:
         self._every = packed(allowed)
         self._allowed = unpacked(mx.array(self._every), allowed.size)
         self._kept: ModelSnapshot | None = None
+        self._logits: mx.array | None = None  # after a token fed, (1, V)
         self.ready()
 
     @property
     def waits(self) -> bool:
         """See `Steps`."""
-        return self._guide is not None or self._cache.merges_next
+        return self._cache.merges_next
 
     @classmethod
     def take(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> list[mx.array]:
         """See `Steps`."""
+        pairs = zip(steps, tokens, strict=True)
+        late = [(one, token) for one, token in pairs if one._logits is None]
+        cls._run([one for one, _ in late], [token for _, token in late])
+        chosen = [one._choose() for one in steps]
+        mx.async_eval(chosen, [one._cache.arrays for one in steps])
+        return chosen
+
+    @classmethod
+    def feed(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> None:
+        """See `Steps`."""
+        cls._run(steps, tokens)
+        mx.async_eval([(one._logits, one._cache.arrays) for one in steps])
+
+    @classmethod
+    def _run(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> None:
+        if not steps:
+            return
         caches = [one._cache for one in steps]
         logits = steps[0]._model.step_rows(mx.concatenate(list(tokens)), caches)
-        chosen = [
-            one._choose(row) for one, row in zip(steps, mx.split(logits, len(steps)), strict=True)
-        ]
-        mx.async_eval(chosen, [cache.arrays for cache in caches])
-        return chosen
+        for one, row in zip(steps, mx.split(logits, len(steps)), strict=True):
+            one._logits = row
 
     def first(self, logits: mx.array) -> mx.array:
         """Sample the token after the prompt from (1, V) and launch that; (1,) int32."""
-        token = self._choose(logits)
+        self._logits = logits
+        token = self._choose()
         mx.async_eval(token)
         self.keep()
         return token
 
-    def _choose(self, logits: mx.array) -> mx.array:
+    def _choose(self) -> mx.array:
+        logits, self._logits = self._logits, None
+        assert logits is not None
         # Row by row: a row that sorts its logits may break ties otherwise than one that does not.
         position = mx.array([self._cache.offset], dtype=mx.int32)
         return sample(logits, position, rows=self._rows, allowed=self._allowed)
@@ -132,10 +162,11 @@ class ModelSteps:
         """See `Steps`."""
         self._kept = self._cache.snapshot()
 
-    def end(self) -> None:
+    def end(self) -> list[mx.array]:
         """See `Steps`."""
         if self._kept is not None:
             self._cache.restore(self._kept)
+        return [] if self._logits is None else [self._logits]
 
 
 class KernelSteps:
@@ -145,10 +176,20 @@ class KernelSteps:
         decoder: The model's.
         cache: Of the prompt.
         sampling: With a seed.
+        guide: Narrows what the decoder allows, token by token.
     """
 
-    def __init__(self, decoder: Decoder, cache: ModelCache, *, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: ModelCache,
+        *,
+        sampling: SamplingParams,
+        guide: Guide | None,
+    ) -> None:
         self._decoder, self._cache, self._sampling = decoder, cache, sampling
+        self._guide = guide
+        self._allowed: npt.NDArray[np.uint32] | None = None  # by the guide
         self._decoding: Decoding | None = None
 
     @property
@@ -163,20 +204,30 @@ class KernelSteps:
         steps[0]._decoder.advance(decodings)
         return [decoding.state.token for decoding in decodings]
 
+    @classmethod
+    def feed(cls, steps: Sequence[Self], tokens: Sequence[mx.array]) -> None:
+        """See `Steps`; the tokens are as of `take`."""
+        decodings = [one._begun(token) for one, token in zip(steps, tokens, strict=True)]
+        steps[0]._decoder.feed(decodings)
+
     def _begun(self, token: mx.array) -> Decoding:
         if self._decoding is None:
             self._decoding = self._decoder.start(self._cache, token, sampling=[self._sampling])
+        self._decoding.allowed = self._allowed
         return self._decoding
 
     def ready(self) -> None:
         """See `Steps`."""
+        if self._guide is not None:
+            self._allowed = self._guide.allowed()
 
     def keep(self) -> None:
         """See `Steps`."""
         if self._decoding is not None:
             self._decoding.keep()
 
-    def end(self) -> None:
+    def end(self) -> list[mx.array]:
         """See `Steps`."""
         if self._decoding is not None:
             self._decoding.finish()
+        return []

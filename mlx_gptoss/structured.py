@@ -3,8 +3,7 @@
 The grammar holds headers and control tokens too, so a turn reaches an answer or a call through
 reasoning and preambles, and can go nowhere else: no malformed header, no prose in an answer that
 has a schema, no call that was not offered. The masks are llguidance's (the extra `structured`),
-which needs the last token for the next mask; so such a turn is decoded without the engine's step
-ahead.
+which must see a token before it can mask the next one; the engine feeds the token meanwhile.
 """
 
 import json

@@ -1,11 +1,24 @@
 """Generations that take their steps together: each gives what it gives alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hash_model import GREEDY, PROMPT, HashCache, HashModel, assert_cache_holds, engine, greedy
+from hash_model import (
+    GREEDY,
+    PROMPT,
+    HashCache,
+    HashModel,
+    V,
+    assert_cache_holds,
+    engine,
+    greedy,
+    hash_of,
+)
+
+from mlx_gptoss.sampling import packed
 
 
 class CountingModel(HashModel):
@@ -40,6 +53,40 @@ def test_generations_take_their_steps_together(monkeypatch: pytest.MonkeyPatch) 
     assert max(model.rows) == 3 and sum(model.rows) == sum(counts) - 3, "no step in vain"
     for generation, prompt, tokens in zip(running, prompts, taken, strict=True):
         assert_cache_holds(generation.cache, prompt + tokens[:-1])
+
+
+def test_beside_a_guided_one_all_feed_ahead_and_choose_late() -> None:
+    """Its guide is asked while its token and the others' are fed, together; no step is in vain."""
+    model = CountingModel()
+    fed_when_asked = []
+
+    class Even:
+        def allowed(self) -> np.ndarray:
+            fed_when_asked.append(sum(model.rows))
+            return packed(np.arange(V) % 2 == 0)
+
+        def accept(self, token: int) -> None:
+            assert token % 2 == 0
+
+    def even(tokens: list[int]) -> list[int]:
+        """The nearest even id to what the model would say, the lower of two."""
+        for _ in range(7):
+            wanted = hash_of(tokens) % V
+            tokens = [*tokens, min(range(0, V, 2), key=lambda id: (abs(id - wanted), id))]
+        return tokens[-7:]
+
+    shared = engine(model)
+    free = shared.generate(PROMPT, sampling=GREEDY, max_tokens=9)
+    guided = shared.generate(PROMPT[:4], sampling=GREEDY, max_tokens=7, guide=Even())
+    taken: dict[Any, list[int]] = {free: [], guided: []}
+    while any(one.finish is None for one in taken):
+        shared.launch(list(taken))
+        for one, tokens in taken.items():
+            tokens += [token for token in [next(one, None)] if token is not None]
+    assert taken == {free: greedy(PROMPT, 9), guided: even(PROMPT[:4])}
+    assert fed_when_asked == [0, 2, 4, 6, 8, 10, 12] and model.rows == [2] * 6 + [1] * 2
+    for one, prompt in ((free, PROMPT), (guided, PROMPT[:4])):
+        assert_cache_holds(one.cache, prompt + taken[one][:-1])
 
 
 def test_a_fault_is_of_the_generation_that_made_it() -> None:

@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 from mlx_gptoss import attention, moe
+from mlx_gptoss.conversation import read_conversation
 from mlx_gptoss.decode import Decoder
 from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.demo import demo_model_path, read_compact
+from mlx_gptoss.engine import Engine, Generation
+from mlx_gptoss.harmony import ResponseFormat
+from mlx_gptoss.harmony.ledger import prepare_prompt
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import all_kernels
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import Model, load_model
-from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
-from mlx_gptoss.vocabulary import load_vocabulary
+from mlx_gptoss.rules import TurnRules
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample
+from mlx_gptoss.vocabulary import Special, load_vocabulary
 
 TOKENS = 200
 PROMPT_KERNELS = {"attention_window_prefill", "expert_dispatch"}
@@ -116,6 +121,60 @@ def test_filtered_draws_are_token_identical(demo: Model, trained_ids: np.ndarray
     assert found == by_mlx(model, tokens, 12, params)
     assert found != by_mlx(model, tokens, 12)
     assert {"sample_filtered"} == used(kernels) & {"sample_filtered", "sample_token"}
+
+
+def test_a_guided_turn_beside_a_free_one(demo: Model, trained_ids: np.ndarray) -> None:
+    """Held to a schema by llguidance, in the steps of a turn that is not; each as by MLX alone."""
+    guide_of = pytest.importorskip("mlx_gptoss.structured").Guide
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"enum": ["Rome", "Paris"]}},
+        "required": ["capital"],
+        "x-guidance": {"whitespace_pattern": ""},
+    }
+    answers = ResponseFormat(name="x", schema=schema)
+    rules = TurnRules(answers=answers, calls={}, must_call=False)
+    place = {int(token): row for row, token in enumerate(trained_ids)}
+    asked = read_conversation("What is the capital of France?", date="2026-01-01", reasoning="low")
+    tokens = [place[token] for token in prepare_prompt(asked.messages).tokens]
+
+    class Cut:
+        """The guide of a turn, of the rows of the vocabulary that are there."""
+
+        def __init__(self) -> None:
+            self._guide = guide_of(rules)
+
+        def allowed(self) -> np.ndarray:
+            bits = np.unpackbits(self._guide.allowed().view(np.uint8), bitorder="little")
+            return packed(bits[trained_ids])
+
+        def accept(self, token: int) -> None:
+            self._guide.accept(int(trained_ids[token]))
+
+    def turns(engine: Engine) -> list[Generation]:
+        options = {"stop": [place[int(Special.RETURN)]], "max_tokens": 30}
+        return [
+            engine.generate(tokens, sampling=SamplingParams(seed=4), guide=Cut(), **options),
+            engine.generate(tokens[2:], sampling=SamplingParams(top_p=0.95, seed=5), **options),
+        ]
+
+    model = cut(demo, mx.array(trained_ids))
+    alone = [list(turn) for turn in turns(Engine(model))]
+    model.kernels = all_kernels()
+    taken: list[list[int]] = [[], []]
+    with emulate(mode="plain") as session:
+        engine = Engine(model)
+        together = turns(engine)
+        while any(turn.finish is None for turn in together):
+            engine.launch(together)
+            for row, turn in zip(taken, together, strict=True):
+                row += [token for token in [next(turn, None)] if token is not None]
+    assert taken == alone
+    texts = [load_vocabulary().decode([int(trained_ids[t]) for t in row]) for row in taken]
+    assert texts[0].endswith('<|message|>{"capital":"Paris"}<|return|>')
+    assert texts[1].endswith("Paris.<|return|>")
+    chosen = sum("gptoss_unembed_" in report.kernel for report in session.reports)
+    assert chosen < max(map(len, taken)) + 2, "one choice a round, for both"
 
 
 def used(launched: list[str]) -> set[str]:

@@ -1,7 +1,8 @@
 """The engine gives the same tokens and leaves the same cache whichever way it takes its steps."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.kernels.selection import KernelSet, all_kernels
 from mlx_gptoss.metal.emulator import emulate
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import SamplingParams, packed
 from mlx_gptoss.steps import ModelSteps
 
 VOCAB = 320
@@ -44,6 +45,26 @@ def definitions_as_kernels() -> KernelSet:
     return KernelSet({stem: kernel.define for stem, kernel in KERNELS.items()}, {})
 
 
+class Following:
+    """A guide that lets an id follow only one that leaves another remainder by 3.
+
+    Attributes:
+        seen: What `count` said whenever it was asked.
+    """
+
+    def __init__(self, count: Callable[[], int] = int) -> None:
+        self._count, self._last = count, 0
+        self.seen: list[int] = []
+
+    def allowed(self) -> np.ndarray:
+        self.seen.append(self._count())
+        return packed(np.arange(VOCAB) % 3 != self._last)
+
+    def accept(self, token: int) -> None:
+        assert token % 3 != self._last, "the mask was of another token"
+        self._last = token % 3
+
+
 SAMPLINGS = [SamplingParams(temperature=0), SamplingParams(temperature=0.9, seed=2**40 + 7)]
 
 
@@ -57,12 +78,17 @@ def test_the_same_tokens_across_a_merge(sampling: SamplingParams) -> None:
     assert step._decoder.traces == count - 1  # one step for each token but the first
 
 
-@pytest.mark.parametrize("count", [1, 2, ROWS, ROWS + 1, ROWS + 2])
-def test_a_stop_leaves_the_cache_of_the_tokens_fed(count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "guided"),
+    [(1, False), (2, False), (ROWS, False), (ROWS + 1, False), (ROWS + 2, False),
+     (2, True), (ROWS, True), (ROWS + 1, True), (ROWS + 2, True)],
+)  # fmt: skip
+def test_a_stop_leaves_the_cache_of_the_tokens_fed(count: int, guided: bool) -> None:
     """The next turn, which goes on from that cache, is the same too; also around the merge."""
     turns = []
     for one in (engine(), engine(definitions_as_kernels())):
-        first = one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=ROWS + 9)
+        guide = Following() if guided else None
+        first = one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=ROWS + 9, guide=guide)
         taken = [next(first) for _ in range(count)]
         first.close()
         assert first.finish is Finish.CANCELLED
@@ -73,11 +99,15 @@ def test_a_stop_leaves_the_cache_of_the_tokens_fed(count: int) -> None:
     assert turns[0] == turns[1]
 
 
-def test_a_stop_token_forgets_the_step_ahead() -> None:
-    plain = list(engine().generate(PROMPT, sampling=SAMPLINGS[0], max_tokens=30))
+@pytest.mark.parametrize("guide", [None, Following], ids=str)
+def test_a_stop_token_forgets_the_step_ahead(guide: type[Following] | None) -> None:
+    def options() -> dict[str, Any]:
+        return {"sampling": SAMPLINGS[0], "guide": guide and guide()}
+
+    plain = list(engine().generate(PROMPT, max_tokens=30, **options()))
     stop = plain[-1]
     one = engine(definitions_as_kernels())
-    generation = one.generate(PROMPT, sampling=SAMPLINGS[0], stop=[stop], max_tokens=60)
+    generation = one.generate(PROMPT, stop=[stop], max_tokens=60, **options())
     found = list(generation)
     assert found == plain[: plain.index(stop) + 1]
     assert generation.finish is Finish.STOP
@@ -114,9 +144,25 @@ def test_no_snapshot_is_held_beside_the_compiled_steps(monkeypatch: pytest.Monke
     generation.close()
 
 
-def test_an_engine_of_emulated_kernels() -> None:
-    expected = list(engine().generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=8))
+@pytest.mark.parametrize("guide", [None, Following], ids=str)
+def test_an_engine_of_emulated_kernels(guide: type[Following] | None) -> None:
+    """A step that is taken in two parts launches the same kernels."""
+
+    def tokens(one: Engine) -> list[int]:
+        given = guide and guide()
+        return list(one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=8, guide=given))
+
+    expected = tokens(engine())
     with emulate(mode="plain") as session:
-        one = engine(all_kernels())
-        assert list(one.generate(PROMPT, sampling=SAMPLINGS[1], max_tokens=8)) == expected
+        assert tokens(engine(all_kernels())) == expected
     assert len(session.reports) == 7 * (6 + 7 + 3) + 1, "the prompt, in the sliding layer"
+
+
+def test_a_guide_is_asked_while_the_layers_run() -> None:
+    """The token it has seen last was fed before; but not where that merges."""
+    one = engine(definitions_as_kernels())
+    guide = Following(lambda: one._decoder.traces if one._decoder else 0)
+    count = ROWS + 4
+    list(one.generate(PROMPT, sampling=SAMPLINGS[0], max_tokens=count, guide=guide))
+    merging = ROWS + 1  # the prompt gives one token, and each of ROWS steps one more
+    assert guide.seen == [at - (at == merging) for at in range(count)]

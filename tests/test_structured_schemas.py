@@ -1,5 +1,8 @@
 """200 random schemas: whatever a grammar lets through, an independent validator finds valid."""
 
+from pathlib import Path
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from json_schemas import (
@@ -15,10 +18,15 @@ from json_schemas import (
 )
 
 from mlx_gptoss.demo import demo_model_path
+from mlx_gptoss.engine import Engine
 from mlx_gptoss.harmony import FinishReason, ResponseFormat
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.model import load_model
 from mlx_gptoss.rules import TurnRules
 from mlx_gptoss.runtime import Runtime
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.steps import ModelSteps
 from mlx_gptoss.structured import Guide
 from mlx_gptoss.turn import harmony_engine
 from mlx_gptoss.vocabulary import Special, load_vocabulary
@@ -70,6 +78,35 @@ def demo(tmp_path_factory: pytest.TempPathFactory):
         lambda: harmony_engine(load_model(folder, kernels="off", dtype="float32")), cache_bytes=0
     ) as runtime:
         yield runtime
+
+
+def test_the_compiled_step_writes_the_same_answers(
+    demo: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed beside a turn that is free, with the definitions in the place of kernels."""
+    folder = demo_model_path(tmp_path)
+
+    def load() -> Engine:
+        model = load_model(folder, kernels="off", dtype="float32")
+        model.kernels = KernelSet({stem: kernel.define for stem, kernel in KERNELS.items()}, {})
+        return harmony_engine(model)
+
+    monkeypatch.setattr(ModelSteps, "take", None)  # or the test compares a route with itself
+    mx.disable_compile()  # which takes the CPU longer than all the rest
+    try:
+        with Runtime(load, cache_bytes=0) as runtime:
+            free = {"max_tokens": 40, "sampling": SamplingParams(seed=1)}
+            with runtime.stream("Hello!", **free) as other:
+                schema = random_schema(0) | COMPACT
+                reply = streamed(runtime, schema, seed=0, max_tokens=100)
+                beside = other.reply()
+    finally:
+        mx.enable_compile()
+    monkeypatch.undo()
+    assert reply.finish_reason is FinishReason.STOP and not mistakes(schema, reply.text)
+    again = demo.respond(QUESTION, **options(schema, seed=0, max_tokens=100))
+    assert (again.text, sampled(again)) == (reply.text, sampled(reply))
+    assert sampled(demo.respond("Hello!", **free)) == sampled(beside)
 
 
 @pytest.mark.parametrize("seed", DEMO_SEEDS)

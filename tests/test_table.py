@@ -58,7 +58,7 @@ def test_the_compiled_step_reads_the_rows_of_its_tokens(folder):
         model.next_logits(mx.array([[5, 9], [11, 2], [639, 0]]), cache)
         decoder = Decoder(model, kernels=all_definitions("no Metal"), allowed=mx.ones((640,)))
         # compiling takes longer than all the rest
-        decoder._compiled = {False: partial(decoder.step, filtered=False)}
+        decoder._compiled.step = {False: partial(decoder.step, filtered=False)}
         sampling = [SamplingParams(temperature=t, seed=round(3 + t)) for t in (0, 1, 1.5)]
         decoding = decoder.start(cache, mx.array([3, 4, 638]), sampling=sampling)
         for _ in range(4):
