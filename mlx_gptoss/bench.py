@@ -24,17 +24,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_gptoss._version import __version__
-from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner
+from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner, peer_bytes
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.dispatches import Counted
-from mlx_gptoss.errors import MachineError
+from mlx_gptoss.fitting import require
 from mlx_gptoss.library import kernel_record
 from mlx_gptoss.machine import Machine, read_thermal_pressure
 from mlx_gptoss.model import Model, load_model
-from mlx_gptoss.plan import ON_CPU, ON_METAL, MemoryPlan
+from mlx_gptoss.plan import MemoryPlan, scratch_here
 from mlx_gptoss.roofline import limit_tok_per_s
 from mlx_gptoss.routes import sample_prompt
+from mlx_gptoss.table import EmbeddingPlace
 from mlx_gptoss.transcripts import weights_digest
 
 BENCHMARK, VERSION = "bench", 2  # of the record
@@ -63,6 +64,7 @@ def bench(
     repeats: int,
     batches: Sequence[int] = (1,),
     compare: bool = False,
+    embedding: EmbeddingPlace = "memory",
     progress: Progress | None = None,
 ) -> Record:
     """Measure a model and return the record, ready for JSON.
@@ -75,7 +77,8 @@ def bench(
         answer: tokens decoded in each run, >= 2.
         repeats: rounds, after one that warms up.
         batches: rows at a time, >= 1 each; every one is measured at every depth.
-        compare: measure mlx-lm too.
+        compare: measure mlx-lm too, which needs the embedding in memory.
+        embedding: where the table stays, as `load_model` takes it.
         progress: called with (phase, done, in all).
 
     Raises:
@@ -84,9 +87,18 @@ def bench(
     """
     checkpoint, load = open_checkpoint(folder), os.getloadavg()[0]
     cases = [Case(depth, batch) for depth, batch in product(depths, batches)]
-    _check_memory(checkpoint, cases, answer=answer, machine=machine)
+    for case in cases:
+        plan = MemoryPlan(
+            config=checkpoint.config,
+            packing=checkpoint.quantization,
+            context=case.depth + answer,
+            batch=case.batch,
+            embedding=embedding,
+            scratch=scratch_here(),
+        )
+        _check_memory(plan, case, compare=compare, machine=machine)
     began = time.perf_counter()
-    model = load_model(folder, kernel_record=kernel_record())
+    model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
     load_s = time.perf_counter() - began
     runners: list[Runner] = [OurRunner(model)]
     if compare:
@@ -113,6 +125,7 @@ def bench(
             "batches": list(batches),
             "answer": answer,
             "repeats": repeats,
+            "embedding": embedding,
         },
         "cold": {"load_s": load_s, **asdict(cold)},
         "results": results,
@@ -120,25 +133,21 @@ def bench(
     }
 
 
-def _check_memory(
-    checkpoint: Checkpoint, cases: Sequence[Case], *, answer: int, machine: Machine
-) -> None:
-    """Refuse what engine or machine cannot hold: on a Mac it would end in a restart."""
-    limit = machine.gpu_limit_bytes
-    for case in cases:
-        plan = MemoryPlan(
-            config=checkpoint.config,
-            packing=checkpoint.quantization,
-            context=case.depth + answer,
-            batch=case.batch,
-            scratch=ON_METAL if mx.metal.is_available() else ON_CPU,
+def _check_memory(plan: MemoryPlan, case: Case, *, compare: bool, machine: Machine) -> None:
+    """Refuse what this machine cannot hold beside the weights, of each engine by itself.
+
+    Both share the weights, and neither holds anything of its last run while the other one runs.
+    """
+    sides = {OURS: (plan.total_bytes, "or --embedding file")}
+    if compare:
+        sides[PEER] = (peer_bytes(plan), "or leave out --compare")
+    for engine, (needed, otherwise) in sides.items():
+        require(
+            needed,
+            limit_bytes=machine.gpu_limit_bytes,
+            what=f"{engine} at depth {case.depth} in batches of {case.batch}, with the weights,",
+            instead=f"measure less: --depths, --batch; {otherwise}",
         )
-        if limit is not None and plan.total_bytes > limit:
-            raise MachineError(
-                f"memory: depth {case.depth} in batches of {case.batch} needs "
-                f"{plan.total_bytes / 1e9:.1f} GB, this machine lets {limit / 1e9:.1f} GB be used; "
-                "measure less: --depths, --batch"
-            )
 
 
 class _Meter:
@@ -277,11 +286,15 @@ def _ratios(results: Sequence[Record]) -> Iterator[Record]:
 
 
 def file_name(record: Mapping[str, Any]) -> str:
-    """<chip>_<memory>_<model>.json, as records are kept in benchmarks/results."""
+    """<chip>_<memory>_<model>.json, as records are kept in benchmarks/results.
+
+    What was measured with the embedding in its file has a name of its own.
+    """
     machine = record["machine"]
     chip = re.sub(r"\((R|TM)\)|Apple|Processor|CPU|@.*", " ", machine["cpu"] or "")
     memory = f"{round((machine['memory_bytes'] or 0) / 2**30)}G"
     model = Path(record["model"]["name"]).name
+    model += " table in file" * (record["settings"].get("embedding") == "file")
     parts = ("-".join(text.lower().split()) for text in (chip, memory, model))
     text = "_".join(part or machine["architecture"] for part in parts)
     return "".join(c if c.isalnum() or c in "_.-" else "-" for c in text) + ".json"

@@ -14,9 +14,11 @@ from mlx_gptoss.dispatches import Counted, count_lazy, count_step
 from mlx_gptoss.engine import Engine, Generation
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
+from mlx_gptoss.plan import F32, LOGIT_ARRAYS, MemoryPlan
 from mlx_gptoss.sampling import SamplingParams
 
 OURS, PEER = "mlx-gptoss", "mlx-lm"
+PEER_CHUNK, PEER_STEP = 2048, 256  # tokens of a prompt it reads at once, by which its caches grow
 Prompts = Sequence[Sequence[int]]  # one a row, all of one length
 Fed = Callable[[int], None]  # told how many tokens of all prompts are read
 
@@ -183,6 +185,29 @@ class PeerRunner:
                     yield tokens
         finally:
             batch.close()
+
+
+def peer_bytes(plan: MemoryPlan) -> int:
+    """The peak of mlx-lm on the weights of a plan, for its context and its rows.
+
+    It reads the prompts of all rows at once, in chunks of 2,048 tokens, and its sliding layers keep
+    a whole chunk meanwhile. The coefficients are those of mlx-lm 0.32.2 on MLX's CPU, by
+    `mx.get_peak_memory`; there it holds the scores of a chunk, which MLX's attention on Metal does
+    not.
+    """
+    c, rows = plan.config, plan.batch
+    chunk = min(PEER_CHUNK, plan.context)
+    tokens, pairs = rows * chunk, rows * chunk * c.num_experts_per_tok
+    experts = pairs * (10.5 * c.hidden_size + 7.7 * c.intermediate_size)
+    attention = 10 * tokens * c.num_attention_heads * c.head_dim
+    ends = range(plan.context, 0, -PEER_CHUNK) if plan.scratch.full else ()
+    scores = max((min(chunk, end) * end for end in ends), default=0)
+    scores *= 6 * rows * c.num_attention_heads
+    sliding = (c.num_hidden_layers - plan.full_layers) * (chunk + c.sliding_window)
+    positions = (plan.full_layers + 1) * (plan.context + PEER_STEP) + sliding
+    logits = rows * LOGIT_ARRAYS * F32 * c.vocab_size
+    scratch = max(int(experts) + attention + scores, logits)
+    return plan.resident_bytes + rows * positions * plan.row_bytes + scratch
 
 
 def named_arrays(model: Model) -> dict[str, mx.array]:

@@ -108,7 +108,9 @@ def _row(cells: Sequence[str]) -> str:
 
 def _head(record: Mapping[str, Any]) -> Iterator[str]:
     model, settings, cold = record["model"], record["settings"], record["cold"]
-    yield f"**{model['name']}** ({model['nbytes'] / 1e9:.2f} GB, dense {model['dense'] or '?'})"
+    in_file = ", embedding in its file" if settings.get("embedding") == "file" else ""
+    dense = model["dense"] or "?"
+    yield f"**{model['name']}** ({model['nbytes'] / 1e9:.2f} GB, dense {dense}{in_file})"
     yield machine_line(record)
     yield ", ".join(f"{name} {value}" for name, value in record["software"].items())
     yield (
@@ -206,13 +208,14 @@ def _circumstances(record: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     model, machine = record["model"], record["machine"]
     weights = model["digest"] or model["nbytes"]
     cores, memory = machine["gpu_cores"], (machine["memory_bytes"] or 0) / 2**30
-    answer = record["settings"]["answer"]
+    answer, place = (record["settings"].get(name) for name in ("answer", "embedding"))
     return {
         "weights": (weights, f"{model['name']} ({str(weights)[:8]})"),
         "chip": (machine["cpu"], machine["cpu"] or machine["architecture"]),
         "GPU cores": (cores, str(cores or "?")),
         "memory": (memory, f"{memory:.0f} GB"),
         "tokens of an answer": (answer, str(answer)),
+        "place of the embedding": (place or "memory", place or "memory"),
     }
 
 

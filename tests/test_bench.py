@@ -16,13 +16,14 @@ from mlx_gptoss import machine
 from mlx_gptoss.bench import OURS, PEER, Run, file_name, load_model, sample_prompt, summary
 from mlx_gptoss.bench_plots import Curve, Point, over_depth
 from mlx_gptoss.bench_report import as_html
-from mlx_gptoss.bench_runs import OurRunner, named_arrays
-from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record
+from mlx_gptoss.bench_runs import OurRunner, PeerRunner, named_arrays, peer_bytes
+from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record, unlike
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
 from mlx_gptoss.errors import BenchmarkError, MachineError
 from mlx_gptoss.kernels.selection import all_kernels
 from mlx_gptoss.machine import Machine
+from mlx_gptoss.plan import MemoryPlan, scratch_here
 
 SMALL = TinyShape(layers=2, hidden=128, inter=96, q_heads=12, kv_heads=3, experts=12, vocab=640)
 M4_PRO = Machine(
@@ -59,6 +60,12 @@ def record(converted):
         repeats=2,
         compare=True,
     )
+
+
+def planned(folder: Path, **asked: int) -> MemoryPlan:
+    found = benchmark.open_checkpoint(folder)
+    asked |= {"config": found.config, "packing": found.quantization, "scratch": scratch_here()}
+    return MemoryPlan(**asked)
 
 
 def test_the_record_is_complete(record):
@@ -170,12 +177,66 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(converted):
     """On a Mac it would end in a restart."""
     tight = dataclasses.replace(M4_PRO, working_set_bytes=8_000_000)
     request = {"machine": tight, "depths": [8, 9000], "batches": [2], "answer": 3, "repeats": 1}
-    with pytest.raises(MachineError, match=r"depth 9000 in batches of 2 needs 0\.\d GB, this mach"):
+    with pytest.raises(
+        MachineError,
+        match=r"memory: mlx-gptoss at depth 9000 in batches of 2, with the weights, needs 0\.\d\d "
+        r"GB, this machine lets 0.01 GB be used; measure less: --depths, --batch; or --embedding f",
+    ):
         benchmark.bench("x", converted, **request)
     with pytest.raises(MachineError, match="batch: expected 1 to 16, got 17"):
         benchmark.bench("x", converted, **request | {"batches": [17]})
     with pytest.raises(MachineError, match="context: expected 1 to 131072, got 131073"):
         benchmark.bench("x", converted, **request | {"depths": [131070]})
+
+
+def test_what_the_peer_needs_is_planned_too(converted, monkeypatch):
+    """Only our plan was looked at, and mlx-lm reads the prompts of all rows at once."""
+    monkeypatch.setattr(benchmark, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    plan = planned(converted, context=603, batch=3)
+    assert peer_bytes(plan) > plan.total_bytes
+    tight = dataclasses.replace(M4_PRO, working_set_bytes=peer_bytes(plan) - 1)
+    request = {"depths": [600], "batches": [3], "answer": 3, "repeats": 1, "machine": tight}
+    with pytest.raises(
+        MachineError, match=r"memory: mlx-lm at depth 600 in batches of 3.*; or leave out --compare"
+    ):
+        benchmark.bench("x", converted, compare=True, **request)
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        benchmark.bench("x", converted, **request)
+
+
+@pytest.mark.parametrize("rows, depth", [(1, 700), (2, 256)])
+def test_the_peak_of_the_peer_is_the_planned_one(converted, rows, depth):
+    """Nearly all of it scratch here, whose coefficients are an upper bound for narrow models."""
+    import mlx.core as mx
+
+    model = load_model(converted)
+    runner = PeerRunner(converted, model)
+    prompts = [sample_prompt(model.config, depth + row)[row:] for row in range(rows)]
+    mx.eval(model.arrays)
+    before = mx.get_active_memory() - sum(array.nbytes for array in model.arrays)
+    measured = runner.run(prompts, 3, fed=lambda _: None).peak_memory_bytes - before
+    wanted = peer_bytes(planned(converted, context=depth + 3, batch=rows))
+    assert 0.95 <= wanted / measured <= 1.2, f"planned {wanted}, measured {measured}"
+
+
+def test_the_embedding_in_its_file(converted, tmp_path):
+    """Measured so, said so, and kept beside the other record."""
+    few = ["--depths", "140", "--answer", "3", "--repeats", "1", "--embedding", "file"]
+    arguments = ["bench", str(converted), *few, "--format", "json", "--save", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    [saved] = tmp_path.iterdir()
+    assert saved.name.endswith("_model-table-in-file.json")
+    assert ", dense bf16, embedding in its file)" in as_markdown(found)
+    other = found | {"settings": {"answer": 3}}  # as records were before they said it
+    assert unlike(other, found) == ["place of the embedding: memory and file"]
+    held = found["results"][0]["peak_memory_bytes"]
+    in_memory = planned(converted, context=143).weights["embedding"]
+    assert held < found["model"]["nbytes"] - in_memory + 20e6
+    refused = CliRunner().invoke(main, [*arguments, "--compare", "mlx-lm"])
+    assert refused.exit_code == 2
+    assert "--compare: mlx-lm needs the table in memory, not --embedding file" in refused.stderr
 
 
 def test_rows_decode_as_they_do_alone(converted):

@@ -3,11 +3,15 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_gptoss.cli.console import Progress, note
+from mlx_gptoss.cli.options import embedding_option
+
+if TYPE_CHECKING:
+    from mlx_gptoss.table import EmbeddingPlace
 
 RESULTS = "benchmarks/results"
 
@@ -62,7 +66,12 @@ def bench() -> None:
     metavar="N",
     help="Runs of each depth and batch, after one that warms up; 5 make a spread worth stating.",
 )
-@click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn.")
+@click.option(
+    "--compare",
+    type=click.Choice(["mlx-lm"]),
+    help="Measure this too, in turn, on the same weights in memory.",
+)
+@embedding_option
 @click.option(
     "--format",
     "form",
@@ -88,6 +97,7 @@ def run(
     answer: int,
     repeats: int,
     compare: str | None,
+    embedding: "EmbeddingPlace",
     form: str,
     save: Path | None,
     quiet: bool,
@@ -99,6 +109,8 @@ def run(
     from mlx_gptoss.library import find_model
     from mlx_gptoss.machine import read_machine
 
+    if compare and embedding == "file":
+        raise click.UsageError("--compare: mlx-lm needs the table in memory, not --embedding file")
     if compare and importlib.util.find_spec("mlx_lm") is None:
         raise BenchmarkError("--compare: mlx-lm is not installed here; run `pip install mlx-lm`")
     asked = {"depths": _numbers("--depths", depths), "batches": _numbers("--batch", batches)}
@@ -115,6 +127,7 @@ def run(
         answer=answer,
         repeats=repeats,
         compare=compare is not None,
+        embedding=embedding,
         progress=Progress(quiet=quiet).share,
     )
     forms = {"md": bench_text.as_markdown, "csv": bench_text.as_csv, "json": _json}
