@@ -110,22 +110,6 @@ def attention_window(
     return reference.attention(q[:, :, None], [ring, append], visible, sinks, scale=scale)[:, 0]
 
 
-def attention_window_prefill(
-    q: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    sinks: mx.array,
-    *,
-    scale: float,
-    offset: int,
-    start: mx.array | None,
-) -> mx.array:
-    """See `kernels.attention_window_prefill`."""
-    return reference.attention_window_prefill(
-        q, keys, values, sinks, scale=scale, offset=offset, start=start
-    )
-
-
 def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
     """See `kernels.out_residual`."""
     return reference.out_residual(x, matrix, residual)
@@ -224,11 +208,6 @@ def experts_sum(sums: mx.array, choice: mx.array, bias: mx.array, residual: mx.a
     biases = bias.astype(mx.float32)[choice[..., 0].astype(mx.uint32)]
     y = sums.sum(2) + biases * choice[..., 1:]
     return (residual.astype(mx.float32) + y.sum(1)).astype(residual.dtype)
-
-
-def expert_dispatch(experts: mx.array, *, count: int) -> reference.Dispatch:
-    """See `kernels.expert_dispatch`."""
-    return reference.expert_dispatch(experts, count=count)
 
 
 def unembed(

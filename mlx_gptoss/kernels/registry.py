@@ -14,6 +14,8 @@ from mlx_gptoss.kernels import (
     experts,
     grouped,
     projections,
+    prompt_cases,
+    prompt_definitions,
     sampling,
 )
 from mlx_gptoss.kernels.inputs import Arguments, Inputs
@@ -119,12 +121,18 @@ _DENSE = {"embed", "norm_qkv_rope", "out_residual", "route", "unembed"}
 _EXCERPTS = {"embed": _tokens, "unembed": _ends_of_vocabulary}
 _OBSERVED = {"attention_decode": _softmax, "norm_qkv_rope": _written_rows, "unembed": _logits}
 
+
+def _found(stem: str, *modules: ModuleType) -> Callable[..., Any]:
+    (found,) = (getattr(module, stem) for module in modules if hasattr(module, stem))
+    return found
+
+
 KERNELS: Mapping[str, Kernel] = {
     stem: Kernel(
         stem=stem,
         launch=getattr(module, stem),
-        define=getattr(definitions, stem),
-        case=getattr(cases, stem),
+        define=_found(stem, definitions, prompt_definitions),
+        case=_found(stem, cases, prompt_cases),
         excerpt=_EXCERPTS.get(stem, _whole),
         observe=_OBSERVED.get(stem, _all),
         dense=stem in _DENSE,
