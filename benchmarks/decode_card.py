@@ -40,7 +40,6 @@ from benchmarks.graph import (  # noqa: E402
     mlx_lm_chunk_counts,
     mlx_lm_counts,
     mlx_lm_host_ms,
-    prompt_stand_ins,
     stand_in_kernels,
 )
 from mlx_gptoss.checkpoint import expected_tensors  # noqa: E402
@@ -88,7 +87,7 @@ def count_chunks(config: ModelConfig, dense: str) -> dict[str, int]:
     small = replace(config, hidden_size=WIDTH, intermediate_size=WIDTH, vocab_size=1024)
     model = shell_model(small, dense)
     return {
-        "ours": chunk_counts(model, prompt_stand_ins()).kernels,
+        "ours": chunk_counts(model, all_kernels()).kernels,
         "ours_without_kernels": chunk_counts(model, all_definitions("for comparison")).kernels,
         "mlx_lm": mlx_lm_chunk_counts(config, dense).kernels,
     }

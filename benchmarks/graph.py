@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_gptoss import attention, matrix, moe, reference
+from mlx_gptoss import attention, matrix, moe
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.dispatches import Counted, count_lazy
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import KernelSet, all_definitions
+from mlx_gptoss.kernels.selection import KernelSet
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
 
@@ -23,8 +23,9 @@ Functions = dict[tuple[Any, str], Callable[..., Any]]  # by module and name
 
 CHUNK = 512  # tokens
 WIDTH = 64  # of the traced mlx-lm models: their graphs do not depend on it
-# The fused primitives that MLX's CPU takes apart: one rare operation stands for each.
-STAND_INS = {"ErfInv": "RMSNorm", "ArcSinh": "RoPE", "ArcTanh": "SDPA", "ArcCosh": "Dequantize"}
+# The fused primitives that MLX's CPU takes apart, and our kernels: a rare operation for each.
+STAND_INS = {"ErfInv": "RMSNorm", "ArcSinh": "RoPE", "ArcTanh": "SDPA", "ArcCosh": "Dequantize",
+             "Tan": "CustomKernel"}  # fmt: skip
 
 
 def stand_in_kernels() -> KernelSet:
@@ -85,7 +86,7 @@ def chunk_counts(model: Model, kernels: KernelSet) -> Counted:
 
     Args:
         model: of hidden size `WIDTH`; what it computes is not looked at.
-        kernels: definitions, or `prompt_stand_ins`.
+        kernels: launches or definitions.
     """
     tokens, metal = mx.zeros((1, CHUNK), mx.int32), {}
     for module in (attention, matrix, moe):
@@ -93,25 +94,22 @@ def chunk_counts(model: Model, kernels: KernelSet) -> Counted:
     counted, cache = copy(model), model.make_cache()
     counted.kernels = kernels
     mx.eval(tokens, cache.arrays, model.arrays, model.rope.coarse, model.rope.fine)
-    with _replaced(_fused_primitives() | metal):
+    with _replaced(_fused_primitives() | metal | {(mx.fast, "metal_kernel"): _stand_in_kernel}):
         counted.hidden(tokens, cache)
     return count_lazy(*cache.arrays, names=STAND_INS)
 
 
-def prompt_stand_ins() -> KernelSet:
-    """One operation for each kernel of a prompt."""
+def _stand_in_kernel(**_: Any) -> Callable[..., list[mx.array]]:
+    """One operation for each launch, whose outputs are as they would be."""
 
-    def window(q: mx.array, keys: mx.array, values: mx.array, *_: Any, **__: Any) -> mx.array:
-        mixed = mx.arctanh(mx.depends([q], [keys, values])[0])
-        return mixed.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
+    def call(*, inputs: list[mx.array], output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
+        launched = mx.tan(mx.depends([mx.array(0.0)], inputs)[0])
+        shapes = zip(output_shapes, output_dtypes, strict=True)
+        outputs = [mx.zeros(shape, dtype) for shape, dtype in shapes]
+        mx.eval(outputs)
+        return mx.depends(outputs, [launched])
 
-    def dispatch(experts: mx.array, *, count: int) -> reference.Dispatch:
-        return reference.Dispatch(*[experts.flatten() + count] * 4)
-
-    given = {"attention_window_prefill": window, "expert_dispatch": dispatch}
-    others = all_definitions("a prompt does not call it")
-    fallbacks = {stem: why for stem, why in others.fallbacks.items() if stem not in given}
-    return KernelSet({**others.functions, **given}, fallbacks)
+    return call
 
 
 def mlx_lm_chunk_counts(config: ModelConfig, dense: str) -> Counted:

@@ -52,6 +52,11 @@ SAMPLED = {  # threadgroups; the others run whole
     "attention_window_prefill": 16,
     "norm_qkv_rope": 44,
     "out_residual": 20,
+    "qkv_rope": 31,
+    "rms_norm": 32,
+    "route_prefill": 2,
+    "sum_pairs": 16,
+    "swiglu_pairs": 16,
     "unembed": 4,
 }
 EXPERTS = {"20b": 32, "120b": 128}  # all in which the shapes of the two differ
@@ -63,7 +68,11 @@ OF_EXPERTS = {  # with some rows of their matrices
     "experts_swiglu": {"inter": 128},
     "experts_swiglu_grouped": {"inter": 64},
     "route": {},
+    "route_prefill": {},
+    "sum_pairs": {"tokens": 64},
+    "swiglu_pairs": {"tokens": 64},
 }
+ROUTERS = ("route", "route_prefill")
 OF_VOCABULARY = ("sample_filtered", "sample_token")  # which read all logits, but no weights
 BATCHES = dict.fromkeys(("norm_qkv_rope", "out_residual", "route", "unembed"), (1, 2, 4, 8, 16))
 BATCHES |= dict.fromkeys(GROUPED, (8, 2, 4))
@@ -80,11 +89,17 @@ STREAMS = {
     "experts_sum": ("sums",),
     "experts_swiglu": ("gate_w", "gate_s", "up_w", "up_s"),
     "experts_swiglu_grouped": ("gate_w", "gate_s", "up_w", "up_s"),
+    "extend_ring": ("ring_keys", "ring_values", "new_keys", "new_values"),
     "norm_qkv_rope": tuple(f"w{name}_{part}" for name in "qkv" for part in "wso"),
     "out_residual": ("wo_w", "wo_s", "wo_o"),
+    "qkv_rope": ("q", "k", "v"),
+    "rms_norm": ("x",),
     "route": ("wr_w", "wr_s", "wr_o"),
+    "route_prefill": ("x", "wr_w", "wr_s", "wr_o"),
     "sample_filtered": ("logits",),
     "sample_token": ("best",),
+    "sum_pairs": ("z", "residual"),
+    "swiglu_pairs": ("gate", "up"),
     "unembed": ("head_w", "head_s", "head_o"),
 }
 
@@ -117,7 +132,7 @@ def ideal_bytes(stem: str, given: dict[str, Any], sizes: Sizes) -> float:
             return (sizes.base + sizes.slot + 1) * row
         case "attention_window":
             return sizes.window * row
-        case "attention_window_prefill":
+        case "attention_window_prefill" | "extend_ring":
             return (sizes.window + sizes.tokens) * row
         case "attention_reduce":
             return given["sums"].nbytes + given["ends"].nbytes
@@ -140,10 +155,18 @@ def ideal_bytes(stem: str, given: dict[str, Any], sizes: Sizes) -> float:
             return given["sums"].nbytes
         case "norm_qkv_rope":
             return sum(packed_bytes(matrix) for matrix in given["projections"])
+        case "qkv_rope" | "swiglu_pairs":
+            return sum(product.nbytes for product in given["products"])
+        case "rms_norm":
+            return given["x"].nbytes
+        case "route_prefill":
+            return given["x"].nbytes + packed_bytes(given["router"])
         case "sample_filtered":
             return given["logits"].nbytes
         case "sample_token":
             return given["best"].nbytes
+        case "sum_pairs":
+            return given["z"].nbytes + given["residual"].nbytes
     return packed_bytes(given["router" if stem == "route" else "matrix"])
 
 
@@ -183,7 +206,7 @@ def golden_cases() -> dict[str, tuple[str, Dense, Sizes]]:
         sizes = replace(MODEL, **OF_EXPERTS.get(stem, {}))
         if stem in OF_VOCABULARY:
             sizes = replace(sizes, vocab=GPT_OSS_20B.vocab_size)
-        usual: Dense = "q8" if kernel.dense and stem != "route" else "plain"
+        usual: Dense = "q8" if kernel.dense and stem not in ROUTERS else "plain"
         forms: list[Dense] = ["plain", "q8", "q4"] if kernel.dense else ["plain"]
         first, *more = BATCHES.get(stem, (1,))
         lines = [(dense, first) for dense in forms] + [(usual, rows) for rows in more]

@@ -3,8 +3,8 @@
 #include "simd.h"
 
 // Largest first, ties to the lower index; all lanes get the same answer. Weights are the softmax over the chosen.
-template <int E, int CHOSEN>
-METAL_FUNC void choose(const device float* logits, uint lane, thread uint* experts, thread float* weights) {
+template <int E, int CHOSEN, typename Logits>
+METAL_FUNC void choose(Logits logits, uint lane, thread uint* experts, thread float* weights) {
   constexpr int each = (E + 31) / 32;
   float values[each];
   UNROLL for (int i = 0; i < each; i++) values[i] = lane + 32 * i < E ? logits[min(lane + 32 * i, uint(E - 1))] : -INFINITY;

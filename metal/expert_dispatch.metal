@@ -1,8 +1,8 @@
 // expert_dispatch: the (token, expert) pairs of a chunk in the order of their experts, by counting.
-//   inverse[p] = #{q : e_q < e_p} + #{q < p : e_q = e_p};  order[inverse[p]] = p;  sorted[inverse[p]] = e_p
+//   inverse[p] = #{q : e_q < e_p} + #{q < p : e_q = e_p};  sorted[inverse[p]] = e_p;  tokens[inverse[p]] = p / K
 //   offsets[e] = #{q : e_q < e}
 // Inputs:    experts (N,K) u32, < E, in whatever address space MLX gives so few values
-// Output:    order, inverse, sorted (P,) u32, P = N*K; offsets (E+1,) u32
+// Output:    tokens, inverse, sorted (P,) u32, P = N*K; offsets (E+1,) u32
 // Grid:      E threadgroups of SIMDS simdgroups, one for each expert. Each reads all ids, twice, and keeps its own: no
 //            group needs another's count, so one dispatch does, and the order is stable without atomics. It reads the
 //            8 KB of 512 tokens' ids 64 times, out of a cache, where two dispatches would read them twice.
@@ -12,9 +12,9 @@
 // Not fused: with the router, whose choice all groups wait for; with the gather of rows, which GEMMs read sorted.
 // Source:    our own.
 
-template <int SIMDS, typename Ids>
+template <int CHOSEN, int SIMDS, typename Ids>
 METAL_FUNC void expert_dispatch(
-    Ids experts, device uint* order, device uint* inverse, device uint* sorted, device uint* offsets,
+    Ids experts, device uint* tokens, device uint* inverse, device uint* sorted, device uint* offsets,
     threadgroup uint* counts, uint pairs, uint groups, uint3 tile, uint lane, uint group) {
   const uint expert = tile.x, part = (pairs + 32 * SIMDS - 1) / (32 * SIMDS) * 32;
   const uint first = min(group * part, pairs), last = min(first + part, pairs);  // this simdgroup's pairs
@@ -43,7 +43,7 @@ METAL_FUNC void expert_dispatch(
     const uint owners = uint(simd_vote::vote_t(simd_ballot(own)));
     if (own) {
       const uint place = at + popcount(owners & ((1u << lane) - 1));
-      order[place] = p;
+      tokens[place] = p / CHOSEN;
       sorted[place] = expert;
       inverse[p] = place;
     }

@@ -122,6 +122,18 @@ struct Vectors {
       }
     }
   }
+
+  // The columns of vector r times `scale`, rounded, to a row of T; for lanes that have columns of their own.
+  template <typename T>
+  METAL_FUNC void store(int r, device T* row, float scale, uint at) const {
+    UNROLL for (int i = 0; i < F::loads; i++) {
+      const uint column = (at + i * Split<F::columns>::lanes) * F::per_load;
+      UNROLL for (int j = 0; j < F::per_load; j += 4) {
+        thread const float* v = values[r] + i * F::per_load + j;
+        store4(row + column + j, v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale);
+      }
+    }
+  }
 };
 
 // This lane's share of the products of one row with each vector.

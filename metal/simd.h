@@ -60,3 +60,14 @@ METAL_FUNC void load(const device T* from, thread float* values) {
   UNROLL for (int i = 0; i < COUNT / each; i++)
     Packed<T>::unpack(((const device uint4*)from)[i], values + i * each);
 }
+
+// Four values, rounded, to consecutive places; `to` must be aligned to all of them.
+template <typename T>
+METAL_FUNC void store4(device T* to, float a, float b, float c, float d) {
+  vec<T, 4> four;
+  four.x = T(a);
+  four.y = T(b);
+  four.z = T(c);
+  four.w = T(d);
+  *(device vec<T, 4>*)to = four;
+}

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_gptoss import reference
 from mlx_gptoss.cache import FullCache, WindowCache
 from mlx_gptoss.kernels.selection import KernelSet
-from mlx_gptoss.matrix import Matrix, on_cpu
+from mlx_gptoss.matrix import Matrix, fused, linear, on_cpu, unbiased
 
 Store = WindowCache | FullCache
 
@@ -61,13 +61,13 @@ def attention_block(
     Returns:
         (B, T, D) in the type of x.
     """
-    new = _project(x, weights, place, place.angles)
+    new = _project(x, weights, place, queries=x.shape[1])
     q, k, v = (mx.split(rows, len(stores)) for rows in new)
     mixed = [
         _attend(q[n], k[n], v[n], weights.sinks, store, place, start=place.starts[n])
         for n, store in enumerate(stores)
     ]
-    return reference.out_residual(mx.concatenate(mixed), weights.out, x)
+    return _out_residual(mx.concatenate(mixed), weights.out, x)
 
 
 def _attend(
@@ -98,8 +98,9 @@ def _sliding(
     rest = {"offset": cache.offset, "scale": place.scale, "start": start}
     if q.shape[2] == 1:
         return reference.attention_window(q, *cache.append(k, v), sinks, **rest)
-    keys, values = cache.extend(k, v)
-    end, kernels = cache.offset, place.kernels
+    kernels = place.kernels
+    keys, values = cache.extend(k, v, by=kernels.extend_ring)
+    end = cache.offset
     if "attention_window_prefill" in kernels.fallbacks and end <= cache.window:
         # every key so far is in every query's window
         return _causal_attention(q, keys[:, :, -end:], values[:, :, -end:], sinks, **rest)
@@ -140,32 +141,53 @@ def last_token_block(
     if x.shape[1] == 1:
         return attention_block(x, weights, stores, place)
     (cache,), (start,) = stores, place.starts
-    last = x[:, -1:]
-    cos, sin = place.angles
-    # What is not used of the two calls, MLX never computes.
-    q, _, _ = _project(last, weights, place, (cos[:, :, -1:], sin[:, :, -1:]))
-    _, k, v = _project(x, weights, place, place.angles)
+    q, k, v = _project(x, weights, place, queries=1)
     rest = {"scale": place.scale, "start": start}
-    segment = cache.extend(k, v)
     if isinstance(cache, WindowCache):
+        cache.extend(k, v, by=place.kernels.extend_ring)
         offset = cache.offset - 1
         mixed = reference.attention_window(q, *cache.arrays, weights.sinks, offset=offset, **rest)
     else:
-        mixed = reference.attention_decode(q, [segment], weights.sinks, **rest)
-    return reference.out_residual(mixed, weights.out, last)
+        mixed = reference.attention_decode(q, [cache.extend(k, v)], weights.sinks, **rest)
+    return _out_residual(mixed, weights.out, x[:, -1:])
 
 
 def _project(
-    x: mx.array, weights: AttentionWeights, place: Place, angles: tuple[mx.array, mx.array]
+    x: mx.array, weights: AttentionWeights, place: Place, *, queries: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    return reference.norm_qkv_rope(
-        x,
-        weights.norm,
-        (weights.q, weights.k, weights.v),
-        angles,
-        head_dim=place.head_dim,
-        eps=place.eps,
-    )
+    """Queries of the last tokens, keys and values of all: as `reference.norm_qkv_rope` has them."""
+    projections = (weights.q, weights.k, weights.v)
+    if on_cpu():
+        return reference.norm_qkv_rope(
+            x,
+            weights.norm,
+            projections,
+            place.angles,
+            queries=queries,
+            head_dim=place.head_dim,
+            eps=place.eps,
+        )
+    y = place.kernels.rms_norm(x, weights.norm, eps=place.eps)
+    inputs = (y[:, y.shape[1] - queries :], y, y)
+    products = [_product(*pair) for pair in zip(inputs, projections, strict=True)]
+    return place.kernels.qkv_rope(products, [m.bias for m in projections], place.angles)
+
+
+def _out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
+    if on_cpu():
+        return reference.out_residual(x, matrix, residual)
+    assert matrix.bias is not None
+    return _biased_sum(_product(x, matrix), matrix.bias, residual)
+
+
+def _product(x: mx.array, matrix: Matrix) -> mx.array:
+    return linear(x, unbiased(matrix)).astype(x.dtype)
+
+
+@fused
+def _biased_sum(y: mx.array, bias: mx.array, residual: mx.array) -> mx.array:
+    total = y.astype(mx.float32) + bias.astype(mx.float32) + residual.astype(mx.float32)
+    return total.astype(residual.dtype)
 
 
 def _causal_attention(

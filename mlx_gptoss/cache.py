@@ -8,14 +8,13 @@ A batch of ragged prompts is padded on the left; `ModelCache.start` says where e
 All rows share one `offset`, the number of positions fed so far, padding included.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_gptoss.errors import CacheError
-
-Segment = tuple[mx.array, mx.array]  # keys and values, (B, Hkv, N, Dh) each
+from mlx_gptoss.ring import Segment, extend_ring
 
 RECENT = 128  # tokens appended one by one before they are merged into the long store
 GROWTH = 256  # positions; capacity grows by this or an eighth, whichever is more
@@ -92,26 +91,26 @@ class WindowCache:
         self.offset += 1
         return self._ring
 
-    def extend(self, keys: mx.array, values: mx.array) -> Segment:
+    def extend(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        by: Callable[..., tuple[Segment, Segment]] = extend_ring,
+    ) -> Segment:
         """Add T positions per row.
 
         Args:
             keys: (B, Hkv, T, Dh).
             values: as `keys`.
+            by: computes what `ring.extend_ring` does.
 
         Returns:
             The W positions before the new ones (zeros where there are none) and the new ones, in
             order of position, (B, Hkv, W + T, Dh) each.
         """
-        unroll = (self.offset + mx.arange(self.window)) % self.window
-        end = self.offset + keys.shape[2]
-        # Slot s gets the last position before `end` that is s modulo W; `ordered` starts at
-        # position offset - W.
-        roll = end - 1 - (end - 1 - mx.arange(self.window)) % self.window
-        roll = roll - (self.offset - self.window)
-        ordered = _join((self._ring[0][:, :, unroll], self._ring[1][:, :, unroll]), (keys, values))
-        self._ring = ordered[0][:, :, roll], ordered[1][:, :, roll]
-        self.offset = end
+        ordered, self._ring = by(self._ring, (keys, values), offset=self.offset)
+        self.offset += keys.shape[2]
         return ordered
 
     def snapshot(self) -> WindowSnapshot:

@@ -5,7 +5,7 @@ groups. Nothing here knows which weight it multiplies by.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import ParamSpec
 
@@ -36,6 +36,11 @@ def in_float32(matrix: Matrix) -> Matrix:
     """A dense matrix, widened."""
     bias = None if matrix.bias is None else matrix.bias.astype(mx.float32)
     return Matrix(weight=matrix.weight.astype(mx.float32), bias=bias)
+
+
+def unbiased(matrix: Matrix) -> Matrix:
+    """A matrix without its bias, which a kernel will add."""
+    return replace(matrix, bias=None)
 
 
 def on_cpu() -> bool:
@@ -136,7 +141,7 @@ def expert_linear(x: mx.array, matrix: Matrix, experts: mx.array, *, grouped: bo
 
     Args:
         x: (..., 1, columns).
-        matrix: (E, rows, columns) with bias (E, rows).
+        matrix: (E, rows, columns), with bias (E, rows) or without.
         experts: uint32, the shape that x broadcasts to without its last two axes.
         grouped: whether `experts` is sorted, so that a GEMM can serve neighbours together.
 
@@ -160,8 +165,7 @@ def expert_linear(x: mx.array, matrix: Matrix, experts: mx.array, *, grouped: bo
             mode=matrix.mode,
             sorted_indices=grouped,
         )
-    assert matrix.bias is not None
-    return y + matrix.bias[experts][..., None, :]
+    return y if matrix.bias is None else y + matrix.bias[experts][..., None, :]
 
 
 def embed(tokens: mx.array, matrix: Matrix, dtype: mx.Dtype) -> mx.array:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_gptoss import reference
 from mlx_gptoss.kernels.selection import KernelSet
-from mlx_gptoss.matrix import Matrix, expert_linear, on_cpu
+from mlx_gptoss.matrix import Matrix, expert_linear, on_cpu, unbiased
 
 GROUP_FROM = 64  # (token, expert) pairs
 CPU_ROWS = 4  # tokens at a time on the CPU, which multiplies row by row: more only take memory
@@ -42,7 +42,7 @@ def moe_block(
     Args:
         x: (B, T, D), the residual stream.
         weights: of this layer.
-        kernels: orders the pairs.
+        kernels: what runs between the products.
         chosen: K.
         eps: of the norm.
         limit: of the SwiGLU clamps.
@@ -72,15 +72,27 @@ def _experts(
     alpha: float,
 ) -> mx.array:
     """`moe_block` of tokens (N, D)."""
-    y, experts, shares = reference.route(rows, weights.norm, weights.router, chosen=chosen, eps=eps)
-    grouped = experts.size >= GROUP_FROM
-    clamps = {"limit": limit, "alpha": alpha, "grouped": grouped}
-    if not grouped:
-        x = y[:, None, None]
-        h = reference.experts_swiglu(x, experts, weights.gate, weights.up, **clamps)
-        return reference.experts_down(h, experts, shares, weights.down, rows)
-    by_expert = kernels.expert_dispatch(experts, count=weights.gate.weight.shape[0])
-    pairs, x = by_expert.experts, y[by_expert.order // chosen][:, None]
-    h = reference.experts_swiglu(x, pairs, weights.gate, weights.up, **clamps)  # (N*K, 1, H)
-    z = expert_linear(h, weights.down, pairs, grouped=True)[by_expert.inverse]
-    return reference.combine(z.reshape(*experts.shape, -1), shares, rows)
+    gate, up, down, clamps = (
+        weights.gate,
+        weights.up,
+        weights.down,
+        {"limit": limit, "alpha": alpha},
+    )
+    y, experts, shares = kernels.route_prefill(
+        rows, weights.norm, weights.router, chosen=chosen, eps=eps
+    )
+    if experts.size < GROUP_FROM:
+        h = reference.experts_swiglu(y[:, None, None], experts, gate, up, **clamps)
+        return reference.experts_down(h, experts, shares, down, rows)
+    by_expert = kernels.expert_dispatch(experts, count=gate.weight.shape[0])
+
+    def product(x: mx.array, matrix: Matrix) -> mx.array:
+        z = expert_linear(x, unbiased(matrix), by_expert.experts, grouped=True)
+        return z.astype(rows.dtype)
+
+    x = y[by_expert.tokens][:, None]  # (N*K, 1, D)
+    h = kernels.swiglu_pairs(
+        (product(x, gate), product(x, up)), by_expert.experts, (gate.bias, up.bias), **clamps
+    )
+    z, choice = product(h, down), (experts, shares)
+    return kernels.sum_pairs(z, by_expert.inverse, choice, down.bias, rows)

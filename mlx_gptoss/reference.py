@@ -17,8 +17,6 @@ import mlx.core as mx
 from mlx_gptoss import rope
 from mlx_gptoss.matrix import Matrix, expert_linear, fused, in_float32, linear, matmul_type
 
-_rotate = fused(rope.rotate)
-
 
 def rms_norm(x: mx.array, weight: mx.array, *, eps: float) -> mx.array:
     """RMS norm: x / sqrt(mean(x^2) + eps) * weight, (..., D) -> (..., D) float32.
@@ -35,6 +33,7 @@ def norm_qkv_rope(
     projections: tuple[Matrix, Matrix, Matrix],
     angles: tuple[mx.array, mx.array],
     *,
+    queries: int,
     head_dim: int,
     eps: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -45,21 +44,23 @@ def norm_qkv_rope(
         norm: (D,).
         projections: of q (Hq * Dh, D), k and v (Hkv * Dh, D), each with its bias.
         angles: cos and sin from `RopeTable.at`.
+        queries: Q, the last tokens that attend.
         head_dim: Dh.
         eps: of the norm.
 
     Returns:
-        q (B, Hq, T, Dh), k and v (B, Hkv, T, Dh), in the type of x. The concentration of YaRN is
+        q (B, Hq, Q, Dh), k and v (B, Hkv, T, Dh), in the type of x. The concentration of YaRN is
         not in q and k but in the softmax scale.
     """
-    y = rms_norm(x, norm, eps=eps).astype(x.dtype)
+    y, last = rms_norm(x, norm, eps=eps).astype(x.dtype), x.shape[1] - queries
 
-    def heads(matrix: Matrix) -> mx.array:
+    def heads(y: mx.array, matrix: Matrix) -> mx.array:
         out = linear(y, matrix)
         return out.reshape(*out.shape[:2], -1, head_dim).swapaxes(1, 2)
 
-    q, k, v = (heads(matrix) for matrix in projections)
-    q, k = _rotate(q, *angles), _rotate(k, *angles)
+    wq, wk, wv = projections
+    q, k, v = heads(y[:, last:], wq), heads(y, wk), heads(y, wv)
+    q, k = rope.rotate(q, *(a[:, :, last:] for a in angles)), rope.rotate(k, *angles)
     return q.astype(x.dtype), k.astype(x.dtype), v.astype(x.dtype)
 
 
@@ -315,25 +316,23 @@ def experts_swiglu(
     *,
     limit: float,
     alpha: float,
-    grouped: bool,
 ) -> mx.array:
     """Gate and up projections of each row's experts, biased, then `swiglu`.
 
     Args:
-        x: (N, 1, 1, D) for all K experts of a token, or (P, 1, D) for one (token, expert) pair.
-        experts: (N, K) or (P,) uint32.
+        x: (N, 1, 1, D).
+        experts: (N, K) uint32.
         gate: (E, H, D).
         up: (E, H, D).
         limit: see `swiglu`.
         alpha: see `swiglu`.
-        grouped: whether `experts` is sorted.
 
     Returns:
-        (N, K, 1, H) or (P, 1, H) in the type of x.
+        (N, K, 1, H) in the type of x.
     """
     wide = x.astype(matmul_type(x, gate))  # once for both
-    g = expert_linear(wide, gate, experts, grouped=grouped)
-    u = expert_linear(wide, up, experts, grouped=grouped)
+    g = expert_linear(wide, gate, experts, grouped=False)
+    u = expert_linear(wide, up, experts, grouped=False)
     return swiglu(g, u, limit=limit, alpha=alpha).astype(x.dtype)
 
 
@@ -367,13 +366,13 @@ class Dispatch(NamedTuple):
     """(token, expert) pairs ordered by expert, P = N*K of them, all uint32.
 
     Attributes:
-        order: (P,), the pair at each sorted place: token order // K, choice order % K.
+        tokens: (P,), the token at each sorted place.
         inverse: (P,), the sorted place of each pair.
         experts: (P,), the expert of each sorted place.
         offsets: (E + 1,), where each expert's places begin; the last is P.
     """
 
-    order: mx.array
+    tokens: mx.array
     inverse: mx.array
     experts: mx.array
     offsets: mx.array
@@ -392,7 +391,8 @@ def expert_dispatch(experts: mx.array, *, count: int) -> Dispatch:
     flat = experts.flatten()
     order = mx.argsort(flat * flat.size + mx.arange(flat.size, dtype=mx.uint32))
     lower = flat < mx.arange(count + 1, dtype=mx.uint32)[:, None]
-    return Dispatch(order, mx.argsort(order), flat[order], lower.sum(1).astype(mx.uint32))
+    offsets = lower.sum(1).astype(mx.uint32)
+    return Dispatch(order // experts.shape[1], mx.argsort(order), flat[order], offsets)
 
 
 def final_logits(h: mx.array, matrix: Matrix) -> mx.array:

@@ -25,7 +25,16 @@ from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample
 from mlx_gptoss.vocabulary import Special, load_vocabulary
 
 TOKENS = 200
-PROMPT_KERNELS = {"attention_window_prefill", "expert_dispatch"}
+PROMPT_KERNELS = {
+    "attention_window_prefill",
+    "expert_dispatch",
+    "extend_ring",
+    "qkv_rope",
+    "rms_norm",
+    "route_prefill",
+    "sum_pairs",
+    "swiglu_pairs",
+}
 BATCH_KERNELS = {
     "expert_groups",
     "experts_down_grouped",

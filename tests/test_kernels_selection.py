@@ -30,6 +30,7 @@ from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import dense_forms
 
+DENSE = {"embed", "norm_qkv_rope", "out_residual", "route", "route_prefill", "unembed"}
 SIZES = Sizes(hidden=128, inter=96, vocab=256, capacity=64, base=50, slot=5, rows=ROWS)
 
 
@@ -142,7 +143,7 @@ def test_matrices_that_no_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     forms = [dense_form(matrix) for matrix in packed]
     found = choose("auto", dense=forms).fallbacks
-    assert set(found) == {"embed", "norm_qkv_rope", "out_residual", "route", "unembed"}
+    assert set(found) == DENSE
     assert found["route"] == (
         "it does not read affine weights of 3 bits in groups of 64, "
         "affine weights of 4 bits in groups of 32"
@@ -161,9 +162,7 @@ def test_a_layer_packed_in_two_forms() -> None:
     v = Matrix(**packed, bias=attention.v.bias, group_size=64, bits=4, mode="affine")
     model.layers[1] = replace(attention, v=v), moe
     assert dense_forms(model) == ["plain", "q, k and v packed unlike each other", "q4"]
-    assert set(with_all_kernels(model).kernels.fallbacks) == {
-        "embed", "norm_qkv_rope", "out_residual", "route", "unembed",
-    }  # fmt: skip
+    assert set(with_all_kernels(model).kernels.fallbacks) == DENSE
 
 
 def test_definitions_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ FIELDS = (
     "Not fused:",
     "Source:",
 )
+SMALL_INPUTS = ("embed", "expert_dispatch", "sum_pairs", "swiglu_pairs")
 FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STORED: list[tuple[str, Dense]] = [
     ("float32", "plain"),
@@ -90,7 +91,7 @@ def test_address_spaces(
     stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one row, where MLX passes the token or its experts as `constant`, and with nine."""
-    for rows in (1, 9) if stem in ("embed", "expert_dispatch") else (1,):
+    for rows in (1, 9) if stem in SMALL_INPUTS else (1,):
         sizes = replace(Sizes(), batch=rows, tokens=rows)
         name, text = metal_text(stem, sizes, dtype, dense, monkeypatch)
         check_strict(text, name)
@@ -183,6 +184,25 @@ def change(stem: str, **changes: Any) -> None:
         ("experts_swiglu_grouped", {"chosen": 5},
          r"blocks: expected \(5, 8\) int32, got \(4, 8\) int32"),
         ("experts_swiglu", {"chosen": 21}, "chosen: expected 1 to 20, got 21"),
+        ("extend_ring", {"new": (mx.zeros((1, 5, 67, 32)),) * 2},
+         r"new keys: expected \(1, 5, 67, 64\) float32, got \(1, 5, 67, 32\) float32"),
+        ("qkv_rope", {"products": tuple(mx.zeros((1, 3, 64 * n)) for n in (15, 5, 5))},
+         r"cosines: expected \(1, 1, 3, 32\) float32, got \(1, 1, 67, 32\) float32"),
+        ("qkv_rope", {"products": (mx.zeros((1, 68, 960)), *[mx.zeros((1, 67, 320))] * 2)},
+         "queries: expected at most 67, got 68"),
+        ("qkv_rope", {"products": [mx.zeros((1, 67, 960)), *[mx.zeros((1, 67, 300))] * 2]},
+         "k columns: expected whole heads of 64, got 300"),
+        ("rms_norm", {"x": mx.zeros((2, 192), mx.bfloat16)},
+         "weight: expected no wider than mlx.core.bfloat16, got mlx.core.float32"),
+        ("rms_norm", {"weight": mx.zeros((191,))}, r"weight: expected \(192,\) float32"),
+        ("route_prefill", {"chosen": 21}, "chosen: expected 1 to 20, got 21"),
+        ("sum_pairs", {"inverse": mx.zeros((4,), mx.uint32)},
+         r"inverse: expected \(268,\) uint32, got \(4,\) uint32"),
+        ("swiglu_pairs", {"experts": mx.zeros((268,), mx.int32)},
+         r"experts: expected \(268,\) uint32, got \(268,\) int32"),
+        ("swiglu_pairs", {"products": (mx.zeros((268, 1, 8200)),) * 2,
+                          "biases": (mx.zeros((20, 8200)),) * 2},
+         "columns: expected a multiple of 8, at most 8192, got 8200"),
         ("norm_qkv_rope", {"append": (mx.zeros((1, 5, 48, 32)),) * 2},
          r"append keys: expected \(1, 5, 48, 64\) float32, got \(1, 5, 48, 32\) float32"),
         ("out_residual", {"residual": mx.zeros((1, 100))},

@@ -70,7 +70,7 @@ def test_every_way_to_cut_a_batch_is_tried(columns: int) -> None:
 @pytest.mark.parametrize(
     "stem",
     ["expert_groups", "experts_down", "experts_down_grouped", "experts_sum", "experts_swiglu",
-     "experts_swiglu_grouped", "route"],
+     "experts_swiglu_grouped", "route", "route_prefill"],
 )  # fmt: skip
 def test_experts_of_the_published_models(stem: str, model: str) -> None:
     """32 and 128 experts are constants of what is compiled; here of few rows each."""

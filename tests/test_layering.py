@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of lower rows, and of its own package. Every module has a row.
 LAYERS = [
     ["_version", "errors", "_pyinstaller"],
-    ["metal", "config_fields"],
+    ["metal", "config_fields", "ring"],
     ["chips", "pacing", "config", "weight_files", "transfer"],
     ["manifest"],
     ["vocabulary", "checkpoint", "matrix", "rope", "hub_cache", "machine"],

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from tiny import E2M1
 
-from mlx_gptoss import matrix, moe, reference
+from mlx_gptoss import attention, matrix, moe, reference
 from mlx_gptoss.attention import full_attention_fused, full_attention_in_blocks
 from mlx_gptoss.config import GPT_OSS_20B
+from mlx_gptoss.kernels import prompt_definitions
 from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.matrix import Matrix, expert_linear
 from mlx_gptoss.moe import CPU_ROWS, GROUP_FROM, MoeWeights, moe_block
@@ -184,11 +185,15 @@ def test_full_attention_of_a_chunk(attend, offset: int, tokens: int) -> None:
 def test_projections_and_rotation() -> None:
     """q and k turn, v does not, and YaRN's concentration stays out of all three."""
     x, norm = normal(2, 3, 96), normal(96)
-    sizes = (4 * 64, 2 * 64, 2 * 64)
-    projections = tuple(Matrix(weight=normal(n, 96) / 10, bias=normal(n)) for n in sizes)
+    projections = tuple(
+        Matrix(weight=normal(n * 64, 96) / 10, bias=normal(n * 64)) for n in (4, 2, 2)
+    )
     positions = mx.array([[0, 1, 2], [500, 501, 502]])
     angles = RopeTable.of(GPT_OSS_20B).at(positions)
-    q, k, v = reference.norm_qkv_rope(x, norm, projections, angles, head_dim=64, eps=1e-5)
+    sizes = {"head_dim": 64, "eps": 1e-5}
+    q, k, v = reference.norm_qkv_rope(x, norm, projections, angles, queries=3, **sizes)
+    last, _, _ = reference.norm_qkv_rope(x, norm, projections, angles, queries=1, **sizes)
+    assert_close(last, wide(q[:, :, 2:]), "queries of the last token", atol=1e-5)
     y = wide(reference.rms_norm(x, norm, eps=1e-5))
     for got, m, turned in zip((q, k, v), projections, (True, True, False), strict=True):
         assert m.bias is not None
@@ -328,8 +333,8 @@ def test_dispatch_sorts_by_expert_and_back() -> None:
     experts = mx.array([[3, 1], [0, 3], [3, 2]], mx.uint32)
     found = reference.expert_dispatch(experts, count=5)
     assert found.experts.tolist() == [0, 1, 2, 3, 3, 3]
-    assert found.order.tolist() == [2, 1, 5, 0, 3, 4], "pairs of one expert keep their order"
-    assert found.order[found.inverse].tolist() == list(range(6))
+    assert found.inverse.tolist() == [3, 1, 0, 4, 5, 2], "pairs of one expert keep their order"
+    assert found.tokens.tolist() == [1, 0, 2, 0, 1, 2]
     assert found.offsets.tolist() == [0, 1, 2, 3, 6, 6]
     assert {array.dtype for array in found} == {mx.uint32}
 
@@ -379,7 +384,8 @@ def test_elementwise_steps_are_the_same_as_one_kernel(monkeypatch: pytest.Monkey
     def outputs() -> list[mx.array]:
         return [
             reference.swiglu(gate, up, limit=7.0, alpha=1.702),
-            reference._rotate(heads, mx.cos(angle), mx.sin(angle)),
+            prompt_definitions._rotate(heads, mx.cos(angle), mx.sin(angle)),
+            attention._biased_sum(gate[:, 0], up[0, 0], up[:, 0]),
             reference.combine(gate, angle[0, 0, :, :4], up[:, 0]),
             reference._sum(gate[:, 0], up[:, 0]),
         ]

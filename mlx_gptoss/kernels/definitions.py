@@ -38,7 +38,13 @@ def norm_qkv_rope(
     wq, wk, wv = projections
     angles = RopeTable(*rope).at(control[:, :1])
     q, k, v = reference.norm_qkv_rope(
-        x[:, None], norm, (wq, wk, wv), angles, head_dim=append[0].shape[-1], eps=eps
+        x[:, None],
+        norm,
+        (wq, wk, wv),
+        angles,
+        queries=1,
+        head_dim=append[0].shape[-1],
+        eps=eps,
     )
     here = (mx.arange(append[0].shape[2]) == control[:, 2:3])[:, None, :, None]
     return q[:, :, 0], (mx.where(here, k, append[0]), mx.where(here, v, append[1]))
@@ -132,9 +138,7 @@ def experts_swiglu(
 ) -> mx.array:
     """See `kernels.experts_swiglu`."""
     experts, _ = reference.choose_experts(logits, chosen=chosen)
-    h = reference.experts_swiglu(
-        x[:, None, None], experts, gate, up, limit=limit, alpha=alpha, grouped=False
-    )
+    h = reference.experts_swiglu(x[:, None, None], experts, gate, up, limit=limit, alpha=alpha)
     return h[:, :, 0]
 
 
@@ -156,7 +160,7 @@ def expert_groups(logits: mx.array, *, chosen: int) -> tuple[mx.array, mx.array]
     first = mx.zeros((most,), mx.int32).at[block].maximum(place - rank % BLOCK)
     count = mx.zeros((most,), mx.int32).at[block].add(1)
     column = mx.arange(BLOCK)
-    pairs = found.order.astype(mx.int32)[
+    pairs = mx.argsort(found.inverse).astype(mx.int32)[
         first[:, None] + mx.where(column < count[:, None], column, 0)
     ]
     filled = mx.concatenate([sorted_experts[first][:, None], count[:, None], pairs], axis=1)
@@ -184,9 +188,7 @@ def experts_swiglu_grouped(
 ) -> mx.array:
     """See `kernels.experts_swiglu_grouped`."""
     experts = _experts_of(blocks, x.shape[0], chosen)
-    h = reference.experts_swiglu(
-        x[:, None, None], experts, gate, up, limit=limit, alpha=alpha, grouped=False
-    )
+    h = reference.experts_swiglu(x[:, None, None], experts, gate, up, limit=limit, alpha=alpha)
     return h[:, :, 0]
 
 

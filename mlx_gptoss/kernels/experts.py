@@ -115,15 +115,16 @@ def expert_dispatch(experts: mx.array, *, count: int) -> Dispatch:
     require(stem, count > 0, "count", "at least 1", count)
     body = (
         f"threadgroup uint counts[{2 * DISPATCH_SIMDGROUPS}];\n"
-        f"expert_dispatch<{DISPATCH_SIMDGROUPS}>(experts, order, inverse, sorted, offsets, counts, "
-        "uint(experts_shape[0] * experts_shape[1]), threadgroups_per_grid.x, $tile, $lane, $group);"
+        f"expert_dispatch<{experts.shape[1]}, {DISPATCH_SIMDGROUPS}>(experts, tokens, inverse, "
+        "sorted, offsets, counts, uint(experts_shape[0] * experts_shape[1]), "
+        "threadgroups_per_grid.x, $tile, $lane, $group);"
     )
     places = ((experts.size,), mx.uint32)
     found = launch(
         stem,
         {"experts": experts},
         {
-            "order": places,
+            "tokens": places,
             "inverse": places,
             "sorted": places,
             "offsets": ((count + 1,), mx.uint32),

@@ -16,6 +16,7 @@ from mlx_gptoss.kernels import (
     projections,
     prompt_cases,
     prompt_definitions,
+    prompts,
     sampling,
 )
 from mlx_gptoss.kernels.inputs import Arguments, Inputs
@@ -114,10 +115,18 @@ _WRAPPERS: dict[ModuleType, tuple[str, ...]] = {
     ),
     experts: ("expert_dispatch", "experts_down", "experts_swiglu"),
     grouped: ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped"),
+    prompts: (
+        "extend_ring",
+        "qkv_rope",
+        "rms_norm",
+        "route_prefill",
+        "sum_pairs",
+        "swiglu_pairs",
+    ),
     projections: ("embed", "norm_qkv_rope", "out_residual", "route"),
     sampling: ("sample_filtered", "sample_token", "unembed"),
 }
-_DENSE = {"embed", "norm_qkv_rope", "out_residual", "route", "unembed"}
+_DENSE = {"embed", "norm_qkv_rope", "out_residual", "route", "route_prefill", "unembed"}
 _EXCERPTS = {"embed": _tokens, "unembed": _ends_of_vocabulary}
 _OBSERVED = {"attention_decode": _softmax, "norm_qkv_rope": _written_rows, "unembed": _logits}
 

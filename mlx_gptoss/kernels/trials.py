@@ -55,8 +55,19 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "experts_sum": _rows(2, 8),
     "experts_swiglu": _rows(1, 3),
     "experts_swiglu_grouped": _rows(2, 8),
+    # a first chunk, one that leaves some of the ring, and a long one of two rows
+    "extend_ring": [
+        {"batch": batch, "base": base, "tokens": tokens}
+        for batch, base, tokens in ((1, 0, 512), (1, 333, 67), (2, 110, 512))
+    ],
+    "qkv_rope": [{"batch": 1, "tokens": 1}, {"batch": 2, "tokens": 67}],
+    "rms_norm": [{"batch": 1, "tokens": 1}, {"batch": 2, "tokens": 67}],
+    # one block of two rows, two, three, and threadgroups that are full
+    "route_prefill": [{"tokens": 1}, {"tokens": 3}, {"tokens": 6}, {"tokens": 67}],
     "sample_filtered": _rows(1, 8),
     "sample_token": _rows(1, 8),
+    "sum_pairs": [{"tokens": 16}, {"tokens": 67}],
+    "swiglu_pairs": [{"tokens": 16}, {"tokens": 67}],
 }  # fmt: skip
 
 # Rows of the largest matrices that are tried where they are random: a second copy of a model's
