@@ -29,6 +29,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_gptoss.cache import (
     FullSnapshot,
@@ -55,6 +56,9 @@ KINDS = ("keys", "values")
 
 Layers = Sequence[WindowSnapshot | FullSnapshot]
 Windows = tuple[WindowSnapshot, ...]  # the sliding layers alone
+Rows = tuple[
+    npt.NDArray[np.uint8], mx.Dtype
+]  # (1, Hkv, rows, bytes of a row), and of what they are
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file, as far as it was read; nothing of it is proven before `load`.
+    """A file, as far as it was read; nothing of it is proven before `read_state`.
 
     Attributes:
         path: Where it is.
@@ -162,52 +166,83 @@ class Entry:
         ledger.feed(tokens[len(ledger.tokens) :])
         return cls(path, ledger, tensors)
 
-    def load(self, cache: ModelCache, length: int) -> dict[int, Windows]:
-        """Bring an empty cache to the end or to a saved position, once the whole file is proven.
+    def read_state(self, length: int, *, sliding: Sequence[bool]) -> "SavedState":
+        """Read the file up to its end or a saved position, once all of it is proven; in any thread.
 
         Args:
-            cache: Of the model that computed the file.
             length: The position.
-
-        Returns:
-            The sliding layers at the saved positions up to it. All arrays are evaluated.
+            sliding: Which layers of the model are.
 
         Raises:
             CacheError: The file is damaged, or is another model's.
             OSError: It cannot be read.
         """
-        sliding = [n for n, layer in enumerate(cache) if isinstance(layer, WindowCache)]
+        positions = [position for position in self.ledger.positions if position <= length]
+        wanted: dict[str, int | None] = {}  # stems, and how many of their rows
+        for n, slides in enumerate(sliding):
+            rings = {f"ring.{position}.{n}": None for position in (*positions, length)}
+            wanted |= rings if slides else {f"full.{n}": length}
         with self.path.open("rb") as file:
             self._prove(file)
+            segments = {stem: self._segment(file, stem, rows) for stem, rows in wanted.items()}
+        return SavedState(length, tuple(positions), segments)
 
-            def segment(stem: str, rows: int | None) -> Segment:
-                names = [f"{stem}.{kind}" for kind in KINDS]
-                if missing := [name for name in names if name not in self.tensors]:
-                    raise CacheError(f"{self.path}: expected the tensors {', '.join(missing)}")
-                keys, values = (_array(file, self.tensors[name], rows) for name in names)
-                return keys, values
-
-            def rings(position: int) -> Windows:
-                stems = (f"ring.{position}.{n}" for n in sliding)
-                return tuple(WindowSnapshot(*segment(stem, None), position) for stem in stems)
-
-            windows = {p: rings(p) for p in self.ledger.positions if p <= length}
-            ends = iter(rings(length))
-            layers = tuple(
-                next(ends)
-                if isinstance(layer, WindowCache)
-                else FullSnapshot(segment(f"full.{n}", length), layer.snapshot().recent, length, 0)
-                for n, layer in enumerate(cache)
-            )
-        mx.eval(layers, windows)
-        cache.restore(ModelSnapshot(layers, cache.left_padding))
-        return windows
+    def _segment(self, file: BufferedReader, stem: str, rows: int | None) -> list[Rows]:
+        names = [f"{stem}.{kind}" for kind in KINDS]
+        if missing := [name for name in names if name not in self.tensors]:
+            raise CacheError(f"{self.path}: expected the tensors {', '.join(missing)}")
+        return [_rows(file, self.tensors[name], rows) for name in names]
 
     def _prove(self, file: BufferedReader) -> None:
         expected = self.path.stem.partition("-")[2]
         found = hashlib.file_digest(file, "sha256").hexdigest()[: len(expected)]
         if found != expected:
             raise CacheError(f"{self.path}: damaged: expected hash {expected}, got {found}")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What was read of a file, in arrays of numpy's, which any thread may hold.
+
+    Attributes:
+        length: Of the conversation, in tokens.
+        positions: Where it can go back to.
+        segments: Keys and values by the stem of their names; `fill` empties it.
+    """
+
+    length: int
+    positions: tuple[int, ...]
+    segments: dict[str, list[Rows]]
+
+    def fill(self, cache: ModelCache) -> dict[int, Windows]:
+        """Bring an empty cache to this state; once, in the thread that owns the model.
+
+        Args:
+            cache: Of the model that computed the file.
+
+        Returns:
+            The sliding layers at the saved positions. All arrays are evaluated.
+        """
+        sliding = [n for n, layer in enumerate(cache) if isinstance(layer, WindowCache)]
+
+        def segment(stem: str) -> Segment:
+            keys, values = (mx.array(data).view(dtype) for data, dtype in self.segments.pop(stem))
+            return keys, values
+
+        windows = {
+            p: tuple(WindowSnapshot(*segment(f"ring.{p}.{n}"), p) for n in sliding)
+            for p in {*self.positions, self.length}
+        }
+        ends = iter(windows[self.length])
+        layers = tuple(
+            next(ends)
+            if isinstance(layer, WindowCache)
+            else FullSnapshot(segment(f"full.{n}"), layer.snapshot().recent, self.length, 0)
+            for n, layer in enumerate(cache)
+        )
+        mx.eval(layers, windows)
+        cache.restore(ModelSnapshot(layers, cache.left_padding))
+        return {position: windows[position] for position in self.positions}
 
 
 def write(folder: Path, identity: str, content: Content) -> Path:
@@ -250,10 +285,10 @@ def remove_parts(folder: Path) -> None:
             part.unlink()
 
 
-def _array(file: BufferedReader, entry: TensorEntry, rows: int | None) -> mx.array:
-    """The first rows of a tensor, or all."""
+def _rows(file: BufferedReader, entry: TensorEntry, rows: int | None) -> Rows:
+    """The first rows of a tensor, or all; holds no more than those."""
     data = np.frombuffer(_bytes(file, entry), np.uint8).reshape(*entry.shape[:3], -1)
-    return mx.array(data[:, :, :rows]).view(DTYPES[entry.dtype])
+    return np.ascontiguousarray(data[:, :, :rows]), DTYPES[entry.dtype]
 
 
 def _bytes(file: BufferedReader, entry: TensorEntry) -> bytes:

@@ -5,21 +5,21 @@ Several processes may use it at once: files appear whole, are never changed, and
 anybody. Only files of the model's own identity are looked at: the same weights, arithmetic,
 kernels and machine. The others age and go.
 
-Files are found and read in the thread that owns the model, and written in one of their own, so that
-a turn never waits for the disk. What goes wrong with the disk is a warning, never an error: the
-tokens are computed anew.
+Files are found, read and written in threads of their own, not in the one that owns the model: the
+disk holds up nobody but the turn that begins with what is read. What goes wrong with the
+disk is a warning, never an error: the tokens are computed anew.
 """
 
 import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gptoss.cache import ModelCache
-from mlx_gptoss.cache_files import NAME, PART, Content, Entry, Windows, remove_parts, write
+from mlx_gptoss.cache_files import NAME, PART, Content, Entry, SavedState, remove_parts, write
 from mlx_gptoss.cache_identity import identity_of
 from mlx_gptoss.errors import CacheError, CheckpointError
 from mlx_gptoss.model import Model
@@ -28,6 +28,7 @@ log = logging.getLogger("mlx_gptoss")
 
 FOLDER_BYTES = 4 * 2**30  # most bytes of a folder
 MOST_FILES = 1000  # of a folder: each header is read once by every process
+READERS = 4  # files that are read at once
 
 
 @dataclass(eq=False)
@@ -46,20 +47,19 @@ class _Job:
     content: Content
     saved: Saved
     replaces: Saved | None
+    unless_held: bool = False  # by a file with the same tokens
 
 
 @dataclass(frozen=True)
 class Found:
-    """A cache that was loaded.
+    """A cache that was read.
 
     Attributes:
-        length: How many tokens of the prompt it holds.
-        windows: The sliding layers at the positions it can go back to.
+        state: How many tokens of the prompt it holds, and their keys and values.
         saved: Its file, if nothing but its end was left out.
     """
 
-    length: int
-    windows: Mapping[int, Windows]
+    state: SavedState
     saved: Saved | None
 
 
@@ -78,6 +78,8 @@ class CacheFolder:
     def __init__(self, folder: Path, *, identity: str, budget_bytes: int = FOLDER_BYTES):
         self._folder, self._identity, self._budget_bytes = folder, identity, budget_bytes
         self._entries: dict[str, Entry | None] = {}  # None: damaged
+        self._index = threading.RLock()  # held to look at entries, not to read what they hold
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="mlx-gptoss-cache-reader")
         self._jobs: list[_Job] = []  # the first one is being written
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -101,46 +103,24 @@ class CacheFolder:
         with self._changed:
             return sum(job.content.nbytes for job in self._jobs)
 
-    def load(self, prompt: Sequence[int], cache: ModelCache, *, more_than: int) -> Found | None:
-        """Fill an empty cache with the longest beginning of a prompt that a file holds.
+    def search(
+        self, prompt: Sequence[int], *, more_than: int, sliding: Sequence[bool]
+    ) -> Future[Found | None]:
+        """Begin to read the longest beginning of a prompt that a file holds.
 
         Args:
             prompt: Token ids.
-            cache: Of the model; untouched if there is none.
             more_than: What is had without it, in tokens.
+            sliding: Which layers of the model are.
 
         Returns:
-            What it holds now; None if no file holds more than that.
+            What will have been read; None if no file holds more than that.
         """
-        self._look()
-        while True:
-            starts = [
-                (entry.ledger.best_start(prompt).length, -len(entry.ledger.tokens), name)
-                for name, entry in self._entries.items()
-                if entry is not None
-            ]
-            length, _, name = max(starts, default=(0, 0, ""))  # the smaller file on a tie
-            if length <= more_than:
-                return None
-            entry = self._entries[name]
-            assert entry is not None
-            try:
-                windows = entry.load(cache, length)
-            except (OSError, CacheError) as error:
-                self._give_up(name, error)
-                continue
-            _mark_used(entry.path)
-            last = max(entry.ledger.positions, default=length + 1)
-            return Found(length, windows, Saved(entry.path) if length >= last else None)
+        return self._readers.submit(self._find, prompt, more_than, sliding)
 
-    def holds(self, tokens: Sequence[int]) -> bool:
-        """Whether a file holds just these tokens; it counts as used then."""
-        self._look()
-        for entry in self._entries.values():
-            if entry is not None and entry.ledger.tokens == list(tokens):
-                _mark_used(entry.path)
-                return True
-        return False
+    def save_shared(self, content: Content) -> None:
+        """Have a file written soon, unless one holds just these tokens, which counts as used."""
+        self._enqueue(_Job(content, Saved(), None, unless_held=True))
 
     def save(self, content: Content, *, replaces: Saved | None = None) -> Saved | None:
         """Have a file written soon.
@@ -152,26 +132,29 @@ class CacheFolder:
         Returns:
             What the next state replaces.
         """
-        if content.nbytes > self._budget_bytes:
+        job = _Job(content, Saved(), replaces)
+        return job.saved if self._enqueue(job) else replaces
+
+    def _enqueue(self, job: _Job) -> bool:
+        if (nbytes := job.content.nbytes) > self._budget_bytes:
             self._warn(
-                f"{self._folder}: a conversation of {content.nbytes} bytes is not kept there: "
+                f"{self._folder}: a conversation of {nbytes} bytes is not kept there: "
                 f"expected at most {self._budget_bytes}"
             )
-            return replaces
-        saved = Saved()
+            return False
         with self._changed:
-            for job in self._jobs[1:]:
-                if job.saved is replaces:  # not begun: never needed
-                    self._jobs.remove(job)
-                    replaces = job.replaces
-            self._jobs.append(_Job(content, saved, replaces))
+            for other in self._jobs[1:]:
+                if other.saved is job.replaces:  # not begun: never needed
+                    self._jobs.remove(other)
+                    job.replaces = other.replaces
+            self._jobs.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._work, name="mlx-gptoss-cache", daemon=True
                 )
                 self._thread.start()
             self._changed.notify_all()
-        return saved
+        return True
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -179,26 +162,57 @@ class CacheFolder:
             self._changed.wait_for(lambda: not self._jobs)
 
     def close(self) -> None:
-        """Write what is left, and end the thread."""
+        """Write what is left, and end the threads."""
+        self._readers.shutdown(cancel_futures=True)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
 
-    def _look(self) -> None:
-        """Take note of files that came and went."""
+    def _find(self, prompt: Sequence[int], more_than: int, sliding: Sequence[bool]) -> Found | None:
+        while best := self._best(prompt):
+            length, entry = best
+            if length <= more_than:
+                return None
+            try:
+                state = entry.read_state(length, sliding=sliding)
+            except (OSError, CacheError) as error:
+                self._give_up(entry.path.name, error)
+                continue
+            _mark_used(entry.path)
+            last = max(entry.ledger.positions, default=length + 1)
+            return Found(state, Saved(entry.path) if length >= last else None)
+        return None
+
+    def _best(self, prompt: Sequence[int]) -> tuple[int, Entry] | None:
+        """The longest beginning of a prompt in a file, in tokens; the smaller file on a tie."""
+        starts = [(entry.ledger.best_start(prompt).length, entry) for entry in self._look()]
+        return max(starts, key=lambda at: (at[0], -len(at[1].ledger.tokens)), default=None)
+
+    def _holds(self, tokens: Sequence[int]) -> bool:
+        """Whether a file holds just these tokens; it counts as used then."""
+        for entry in self._look():
+            if entry.ledger.tokens == list(tokens):
+                _mark_used(entry.path)
+                return True
+        return False
+
+    def _look(self) -> list[Entry]:
+        """The files there are now."""
         try:
             names = {name for name in os.listdir(self._folder) if self._is_ours(name)}
         except OSError as error:
             self._warn(f"{self._folder}: cannot be read: {error.strerror}")
             names = set()
-        self._entries = {name: e for name, e in self._entries.items() if name in names}
-        for name in sorted(names - self._entries.keys()):
-            try:
-                self._entries[name] = Entry.read(self._folder / name)
-            except (OSError, CacheError, CheckpointError) as error:
-                self._give_up(name, error)
+        with self._index:
+            self._entries = {name: e for name, e in self._entries.items() if name in names}
+            for name in sorted(names - self._entries.keys()):
+                try:
+                    self._entries[name] = Entry.read(self._folder / name)
+                except (OSError, CacheError, CheckpointError) as error:
+                    self._give_up(name, error)
+            return [entry for entry in self._entries.values() if entry is not None]
 
     def _is_ours(self, name: str) -> bool:
         match = NAME.fullmatch(name)
@@ -206,12 +220,13 @@ class CacheFolder:
 
     def _give_up(self, name: str, error: Exception) -> None:
         """Use a file no more, and say why unless another process removed it."""
-        self._entries[name] = None
         path = self._folder / name
-        if path.exists():
-            log.warning("a cached conversation is removed and computed anew: %s", error)
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with self._index:
+            self._entries[name] = None
+            if path.exists():
+                log.warning("a cached conversation is removed and computed anew: %s", error)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _work(self) -> None:
         while True:
@@ -233,6 +248,8 @@ class CacheFolder:
                 self._changed.notify_all()
 
     def _write(self, job: _Job) -> None:
+        if job.unless_held and self._holds(job.content.tokens):
+            return
         job.saved.path = old = job.replaces.path if job.replaces else None
         self._make_room(job.content.nbytes)
         job.saved.path = write(self._folder, self._identity, job.content)

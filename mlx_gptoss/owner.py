@@ -26,7 +26,7 @@ from queue import Empty, SimpleQueue
 
 import mlx.core as mx
 
-from mlx_gptoss.cache_folder import CacheFolder
+from mlx_gptoss.cache_folder import CacheFolder, Found
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.errors import RuntimeClosedError
 from mlx_gptoss.harmony.ledger import Prompt
@@ -81,9 +81,9 @@ class _Running:
         fed_in: The last round in which it was fed a chunk.
     """
 
-    def __init__(self, task: Task, engine: Engine, prefixes: PrefixCache):
+    def __init__(self, task: Task, engine: Engine, prefixes: PrefixCache, *, found: Found | None):
         self.task = task
-        self.slot: Slot = prefixes.take(task.prompt, head=task.head)
+        self.slot: Slot = prefixes.take(task.prompt, head=task.head, found=found)
         self._prefixes = prefixes
         self.reads, self.fed_in = True, 0
         self.turn = Turn(
@@ -128,6 +128,14 @@ def _note_chunk(task: Task, slot: Slot, prefixes: PrefixCache, done: int, total:
         task.on_prefill(done, total)
 
 
+@dataclass(frozen=True)
+class _Arriving:
+    """A task that has its place, while files are searched for the beginning of its prompt."""
+
+    task: Task
+    search: Future[Found | None]
+
+
 class Owner:
     """Loads a model in a thread of its own and works off tasks until it is closed.
 
@@ -159,6 +167,7 @@ class Owner:
         self._fault: BaseException | None = None
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._waiting: deque[Task] = deque()
+        self._arriving: list[_Arriving] = []
         self._running: list[_Running] = []
         self._rounds = 0
         loaded: Future[None] = Future()
@@ -248,23 +257,43 @@ class Owner:
                 item = self._inbox.get(block=False)
 
     def _admit(self, engine: Engine) -> None:
-        """Start waiting tasks in their order, as far as there is room."""
+        """Give places to waiting tasks in their order, and start those whose files are read."""
         self._waiting = deque(task for task in self._waiting if not task.outbox.cancelled)
-        while self._waiting and len(self._running) < self._concurrent:
+        while self._waiting and len(self._arriving) + len(self._running) < self._concurrent:
             task = self._waiting[0]
             try:
                 if not self._has_room(task):
-                    return
-                self._running.append(_Running(task, engine, self._prefixes))
+                    break
+                self._seat(task, engine)
             except Exception as error:
                 task.outbox.put(error)
             self._waiting.popleft()
+        for arriving in [arriving for arriving in self._arriving if arriving.search.done()]:
+            self._arriving.remove(arriving)
+            if not arriving.task.outbox.cancelled:
+                self._start(arriving, engine)
+
+    def _seat(self, task: Task, engine: Engine) -> None:
+        """Have files searched for a task, and start it if that needs no time."""
+        arriving = _Arriving(task, self._prefixes.search(task.prompt, head=task.head))
+        if arriving.search.done():
+            self._start(arriving, engine)
+        else:
+            self._arriving.append(arriving)
+            arriving.search.add_done_callback(lambda _: self.wake())
+
+    def _start(self, arriving: _Arriving, engine: Engine) -> None:
+        try:
+            found = arriving.search.result()
+            self._running.append(_Running(arriving.task, engine, self._prefixes, found=found))
+        except Exception as error:
+            arriving.task.outbox.put(error)
 
     def _has_room(self, task: Task) -> bool:
         """Whether a task fits beside the running ones; idle conversations make room for it."""
         if self._memory is None:
             return True
-        contexts = [running.task.context for running in self._running]
+        contexts = [other.task.context for other in (*self._arriving, *self._running)]
         free = self._memory.free_bytes([*contexts, task.context])
         if free < 0 and contexts:
             return False
@@ -315,7 +344,8 @@ class Owner:
             while True:
                 if item := self._inbox.get(block=False):
                     self._waiting.append(item)
-        for task in self._waiting:
+        for task in (*(arriving.task for arriving in self._arriving), *self._waiting):
             task.outbox.put(self._ended())
+        self._arriving.clear()
         self._waiting.clear()
         mx.synchronize()

@@ -11,10 +11,12 @@ A conversation that begins with instructions seen before starts from a copy of t
 With a `CacheFolder`, what is kept is also written there, and a prompt that begins with more than is
 in memory starts from a file.
 
-All of this belongs to the thread that owns the model.
+All of this belongs to the thread that owns the model, but for the reading of files, which goes on
+beside it.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -29,7 +31,7 @@ from mlx_gptoss.cache import (
     WindowSnapshot,
 )
 from mlx_gptoss.cache_files import Content
-from mlx_gptoss.cache_folder import CacheFolder, Saved
+from mlx_gptoss.cache_folder import CacheFolder, Found, Saved
 from mlx_gptoss.harmony.ledger import PrefixStore, Prompt, Start, TokenLedger
 from mlx_gptoss.plan import MOST_SAVED
 
@@ -121,6 +123,7 @@ class PrefixCache:
         files: CacheFolder | None = None,
     ):
         self._make_cache, self._files = make_cache, files
+        self._sliding = [isinstance(layer, WindowCache) for layer in make_cache()] if files else []
         self._idle: list[Slot] = []  # the last one was used last
         self._shared = PrefixStore[ModelSnapshot](budget_bytes // SHARED_PART)
         self._budget_bytes = budget_bytes
@@ -130,23 +133,38 @@ class PrefixCache:
         """Bytes kept now."""
         return self._shared.used_bytes + sum(slot.nbytes for slot in self._idle)
 
-    def take(self, prompt: Prompt, *, head: int) -> Slot:
+    def search(self, prompt: Prompt, *, head: int) -> Future[Found | None]:
+        """Begin to look for more of a prompt in files than is in memory.
+
+        Args:
+            prompt: Of the next turn.
+            head: Length of its instructions.
+
+        Returns:
+            What `take` is given once it is there.
+        """
+        if self._files is None:
+            nothing = Future[Found | None]()
+            nothing.set_result(None)
+            return nothing
+        had = self._had(prompt.tokens, head)
+        return self._files.search(prompt.tokens, more_than=had, sliding=self._sliding)
+
+    def take(self, prompt: Prompt, *, head: int, found: Found | None = None) -> Slot:
         """A slot whose cache holds as much of a prompt as can be reused.
 
         Args:
             prompt: Of the next turn.
             head: Length of its instructions, which other conversations may share; 0 if none.
+            found: What `search` found.
 
         Returns:
             The slot, the caller's until `give_back`.
         """
         tokens = prompt.tokens
-        shared, idle = self._shared.best_start(tokens), self._best_idle(tokens)
-        # On a tie the copy: a slot that has only the instructions in common is another's.
-        had = idle[1].length if idle else 0
-        had = max(shared.length, had if had > head else had - 1)
-        if loaded := self._load(tokens, more_than=had):
-            slot = loaded
+        idle = self._best_idle(tokens)
+        if found is not None and found.state.length > self._had(tokens, head):
+            slot = self._loaded(tokens, found)
             if slot.cache.offset == head:
                 slot.ledger.save(Rings.of(slot.cache))
                 self.share(slot)
@@ -157,6 +175,7 @@ class PrefixCache:
             slot.ledger.rewind(start)
         else:
             slot = Slot(self._make_cache())
+            shared = self._shared.best_start(tokens)
             if shared.state is not None:
                 slot.cache.restore(shared.state)
                 slot.ledger.feed(tokens[: shared.length])
@@ -164,13 +183,20 @@ class PrefixCache:
         slot.marks = (head, prompt.stable) if self._budget_bytes or self._files else ()
         return slot
 
+    def _had(self, tokens: Sequence[int], head: int) -> int:
+        """How much of a prompt is in memory, in tokens."""
+        shared, idle = self._shared.best_start(tokens), self._best_idle(tokens)
+        # On a tie the copy: a slot that has only the instructions in common is another's.
+        had = idle[1].length if idle else 0
+        return max(shared.length, had if had > head else had - 1)
+
     def share(self, slot: Slot) -> None:
         """Keep a copy of everything a slot holds for other conversations."""
         snapshot, tokens = _compact(slot.cache), slot.ledger.tokens
         nbytes = sum(a.nbytes for layer in snapshot.layers for a in _arrays(layer))
         self._shared.put(tokens, snapshot, size_bytes=nbytes)
-        if self._files is not None and not self._files.holds(tokens):
-            self._files.save(Content.of(tokens, snapshot.layers, {}))
+        if self._files is not None:
+            self._files.save_shared(Content.of(tokens, snapshot.layers, {}))
 
     def give_back(self, slot: Slot) -> None:
         """Keep a slot for its conversation's next turn; the least recently used make room."""
@@ -218,19 +244,14 @@ class PrefixCache:
             return None
         return best
 
-    def _load(self, tokens: Sequence[int], *, more_than: int) -> Slot | None:
-        """A slot from the longest beginning in a file."""
-        if self._files is None:
-            return None
-        cache = self._make_cache()
-        found = self._files.load(tokens, cache, more_than=more_than)
-        if found is None:
-            return None
-        slot = Slot(cache, saved=found.saved)
-        for position in sorted(found.windows):
+    def _loaded(self, tokens: Sequence[int], found: Found) -> Slot:
+        """A slot from what was read of a file."""
+        slot = Slot(self._make_cache(), saved=found.saved)
+        windows = found.state.fill(slot.cache)
+        for position in sorted(windows):
             slot.ledger.feed(tokens[len(slot.ledger.tokens) : position])
-            slot.ledger.save(Rings(found.windows[position]))
-        slot.ledger.feed(tokens[len(slot.ledger.tokens) : found.length])
+            slot.ledger.save(Rings(windows[position]))
+        slot.ledger.feed(tokens[len(slot.ledger.tokens) : found.state.length])
         return slot
 
 

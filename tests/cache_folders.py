@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from cache_writer import IDENTITY
 
-from mlx_gptoss.cache import ModelCache
+from mlx_gptoss.cache import ModelCache, WindowCache
 from mlx_gptoss.cache_files import Content
 from mlx_gptoss.cache_folder import CacheFolder
 from mlx_gptoss.harmony.ledger import Prompt
@@ -31,12 +31,17 @@ def prompt_of(tokens: Sequence[int], stable: int = STABLE) -> Prompt:
     return Prompt(tokens=tuple(tokens), ends=(), stable=stable)
 
 
+def take(prefixes: PrefixCache, prompt: Prompt, *, head: int = HEAD) -> Slot:
+    """What a turn begins with, once files are read."""
+    return prefixes.take(prompt, head=head, found=prefixes.search(prompt, head=head).result())
+
+
 def hold_turn(
     model: Model, prefixes: PrefixCache, tokens: Sequence[int], *, answer: int = END - STABLE - 2
 ) -> Slot:
     """Feed what is left of a prompt that ends behind `STABLE`, and some tokens one by one."""
     end = len(tokens) - answer
-    slot = prefixes.take(prompt_of(tokens[:end], end - 2), head=HEAD)
+    slot = take(prefixes, prompt_of(tokens[:end], end - 2))
     for mark in (*slot.marks, end):
         if piece := tokens[slot.cache.offset : mark]:
             model.hidden(mx.array([piece]), slot.cache)
@@ -88,8 +93,16 @@ def content_of(model: Model, number: int, count: int = 200) -> tuple[list[int], 
 
 def load(folder: CacheFolder, model: Model, tokens: Sequence[int]) -> tuple[int, ModelCache]:
     cache = model.make_cache()
-    found = folder.load([*tokens, 1], cache, more_than=0)
-    return found.length if found else 0, cache
+    return fill(folder, cache, [*tokens, 1]), cache
+
+
+def fill(folder: CacheFolder, cache: ModelCache, prompt: Sequence[int]) -> int:
+    """Fill an empty cache from a file, and return how much of a prompt it holds then."""
+    sliding = [isinstance(layer, WindowCache) for layer in cache]
+    found = folder.search(prompt, more_than=0, sliding=sliding).result()
+    if found is not None:
+        found.state.fill(cache)
+    return cache.offset
 
 
 def fed(model: Model, tokens: Sequence[int]) -> ModelCache:

@@ -27,6 +27,7 @@ from cache_folders import (
     overwrite,
     prefixes_of,
     prompt_of,
+    take,
     wait_for,
 )
 from cache_writer import IDENTITY
@@ -71,7 +72,7 @@ def test_a_file_goes_on_with_the_bits_of_the_cache_it_was_made_from(
     other = (TOKENS[length] + 1) % 1024  # another branch, unless the turn goes on
     following = [other if length < END else TOKENS[END], *TOKENS[END + 1 : END + new]]
     prompt = prompt_of([*TOKENS[:length], *following])
-    loaded = prefixes_of(any_model, folder).take(prompt, head=HEAD)
+    loaded = take(prefixes_of(any_model, folder), prompt)
     assert loaded.cache.offset == len(loaded.ledger.tokens) == length
     assert loaded.ledger.tokens == TOKENS[:length]
     assert loaded.ledger.positions == tuple(p for p in (HEAD, STABLE) if p <= length)
@@ -97,7 +98,7 @@ def test_a_question_asked_in_other_words_keeps_the_file_of_the_first(
         prefixes._files.flush()
     prefixes.close()
     assert len(files_in(folder)) == 3, "the instructions, and both conversations"
-    loaded = prefixes_of(model, folder).take(prompt_of(TOKENS), head=HEAD)
+    loaded = take(prefixes_of(model, folder), prompt_of(TOKENS))
     assert loaded.cache.offset == END + 20
 
 
@@ -108,7 +109,7 @@ def test_a_file_is_read_only_as_far_as_it_is_needed(model: Model, folder: Path) 
     prefixes.close()
     head, conversation = sorted(files_in(folder), key=lambda path: path.stat().st_size)
     head.unlink()
-    slot = prefixes_of(model, folder).take(prompt_of([*TOKENS[:HEAD], 5, 6, 7]), head=HEAD)
+    slot = take(prefixes_of(model, folder), prompt_of([*TOKENS[:HEAD], 5, 6, 7]))
     [full] = [layer for layer in slot.cache if isinstance(layer, FullCache)]
     assert full.snapshot().frozen[0].shape[2] == HEAD == slot.cache.offset
     assert slot.saved is None and slot.ledger.positions == (HEAD,)
@@ -151,7 +152,7 @@ def test_a_damaged_file_is_told_once_and_removed(
     DAMAGES[damage](path)
     prefixes = prefixes_of(model, folder)
     for _ in range(2):
-        slot = prefixes.take(prompt_of(TOKENS), head=HEAD)
+        slot = take(prefixes, prompt_of(TOKENS))
         assert slot.cache.offset == HEAD, "from the other file"
     assert files_in(folder) == [head]
     [record] = caplog.records
@@ -172,7 +173,7 @@ def test_a_file_of_other_layers_is_told_and_removed(
     DAMAGES["a name"](path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     path = path.rename(path.with_stem(f"{path.stem.partition('-')[0]}-{digest}"))
-    slot = prefixes_of(model, folder).take(prompt_of(TOKENS), head=HEAD)
+    slot = take(prefixes_of(model, folder), prompt_of(TOKENS))
     assert slot.cache.offset == HEAD
     assert not path.exists()
     [record] = caplog.records
@@ -264,7 +265,7 @@ def test_a_full_disk_is_told_once_and_harms_nothing(
     hold_turn(model, prefixes, TOKENS[: END + 15], answer=1)
     prefixes.close()
     assert len(files_in(folder)) == 2, "the conversation's file was replaced in the end"
-    assert prefixes_of(model, folder).take(prompt_of(TOKENS), head=0).cache.offset == END + 15
+    assert take(prefixes_of(model, folder), prompt_of(TOKENS), head=0).cache.offset == END + 15
 
 
 def test_only_the_last_state_of_a_conversation_is_written(

@@ -21,6 +21,7 @@ from cache_folders import (
     content_of,
     fed,
     files_in,
+    fill,
     load,
     states_of,
     wait_for,
@@ -111,8 +112,8 @@ def test_a_kill_while_a_file_is_written_loses_at_most_that_file(
     assert len(files_in(folder)) <= len(reported) - 1 + 4
     for number in reported[1:]:
         cache = ModelCache([FullCache((1, 2, 64), mx.float32)], [0])
-        found = files.load([number] * cache_writer.TOKENS + [1], cache, more_than=0)
-        assert found is not None and found.length == cache_writer.TOKENS
+        prompt = [number] * cache_writer.TOKENS + [1]
+        assert fill(files, cache, prompt) == cache_writer.TOKENS
         truth = cache_writer.content(number).arrays.values()
         for array, (_, right) in zip(cache.arrays, truth, strict=False):
             assert np.array_equal(np.array(array.view(mx.uint8)), np.array(right))

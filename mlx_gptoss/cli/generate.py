@@ -162,7 +162,8 @@ def _turn(
     from mlx_gptoss.turn import Turn
 
     progress, head = Progress(quiet=quiet), prompt.ends[-2]  # the question is the last message
-    slot = prefixes.take(prompt, head=head)
+    found = prefixes.search(prompt, head=head).result()
+    slot = prefixes.take(prompt, head=head, found=found)
 
     def on_prefill(done: int, total: int) -> None:
         slot.note(prompt.tokens)
