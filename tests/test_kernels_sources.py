@@ -30,7 +30,6 @@ FIELDS = (
     "Not fused:",
     "Source:",
 )
-SMALL_INPUTS = ("embed", "expert_dispatch", "sum_pairs", "swiglu_pairs")
 FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 STORED: list[tuple[str, Dense]] = [
     ("float32", "plain"),
@@ -86,15 +85,32 @@ def test_header_has_every_field(stem: str) -> None:
     assert not missing
 
 
+# What has fewer than 8 elements with few rows or tokens: MLX passes it as `constant`.
+CONSTANTS = {
+    "attention_window_prefill": {"first"},
+    "embed": {"token"},
+    "expert_dispatch": {"experts"},
+    "extend_ring": {"offset"},
+    "sum_pairs": {"experts", "inverse", "shares"},
+    "swiglu_pairs": {"experts"},
+}
+SCALARS = {"offset"}  # of one element, however many rows there are
+
+
 @pytest.mark.parametrize(("stem", "dtype", "dense"), FORMS)
 def test_address_spaces(
     stem: str, dtype: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one row, where MLX passes the token or its experts as `constant`, and with nine."""
-    for rows in (1, 9) if stem in SMALL_INPUTS else (1,):
+    """With one row and one token, and with nine where that changes an address space."""
+    constants = CONSTANTS.get(stem, set())
+    for rows, expected in ((1, constants), (9, constants & SCALARS)):
         sizes = replace(Sizes(), batch=rows, tokens=rows)
         name, text = metal_text(stem, sizes, dtype, dense, monkeypatch)
-        check_strict(text, name)
+        signature = text[text.index("[[kernel]]") :]
+        found = re.findall(r"const constant \w+\* (\w+) \[\[buffer", signature)
+        assert {name for name in found if not name.endswith("_shape")} == expected
+        if rows == 1 or constants - SCALARS:
+            check_strict(text, name)
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")

@@ -14,6 +14,7 @@ from weights import tiny_model
 from mlx_gptoss import decode_state
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.kernels import selection
+from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
 from mlx_gptoss.kernels.attention import splits_for
 from mlx_gptoss.kernels.inputs import Inputs, Sizes, Weights
 from mlx_gptoss.kernels.matrix import RowBlocks, row_blocks
@@ -66,17 +67,20 @@ def test_every_way_to_cut_a_batch_is_tried(columns: int) -> None:
     assert {compiled(batch) for batch in BATCHES} == {compiled(batch) for batch in range(1, 33)}
 
 
+OF_EXPERTS = [s for s in KERNELS if s.startswith(("expert", "route")) or s.endswith("pairs")]
+
+
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    "stem",
-    ["expert_groups", "experts_down", "experts_down_grouped", "experts_sum", "experts_swiglu",
-     "experts_swiglu_grouped", "route", "route_prefill"],
-)  # fmt: skip
+@pytest.mark.parametrize("stem", OF_EXPERTS)
 def test_experts_of_the_published_models(stem: str, model: str) -> None:
     """32 and 128 experts are constants of what is compiled; here of few rows each."""
-    sizes = cut_sizes(stem, sizes_of(MODELS[model]))
-    sources = [partial(Inputs, dtype=mx.bfloat16)]
-    assert disagreement(KERNELS[stem], sizes, sources=sources) == ""
+    kernel, sizes = KERNELS[stem], cut_sizes(stem, sizes_of(MODELS[model]))
+    most = (
+        MOST_EXCESS if stem.startswith("route") else 1
+    )  # its definition adds 2880 products in one float32
+    for asked in trials(stem, sizes):
+        found = compare(kernel, kernel.case(Inputs(asked, dtype=mx.bfloat16)))
+        assert max(found) <= most, (asked, found)
 
 
 def test_a_model_is_checked_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
