@@ -133,7 +133,11 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 
 
 def report_pair(
-    label: str, timers: Mapping[str, Timer], *, per: int, peaks: Mapping[str, int]
+    label: str,
+    timers: Mapping[str, Timer],
+    *,
+    per: int,
+    peaks: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Print two sides' times and their ratio, the second side being ours, and return them.
 
@@ -141,13 +145,13 @@ def report_pair(
         label: of the lines.
         timers: the peer's, then ours.
         per: tokens in each measurement.
-        peaks: bytes of each side.
+        peaks: bytes of each side, where memory was measured.
 
     Returns:
         Seconds per token, how many times faster ours is, and the peaks, for the record.
     """
     (_, peer), (name, ours) = timers.items()
-    result: dict[str, Any] = {"peak_bytes": dict(peaks)}
+    result: dict[str, Any] = {"peak_bytes": dict(peaks)} if peaks else {}
     for clock in ("wall_s", "cpu_s"):
         each = {n: Spread.of([s / per for s in getattr(t, clock)]) for n, t in timers.items()}
         speedup = ratios(getattr(peer, clock), getattr(ours, clock))
@@ -155,7 +159,7 @@ def report_pair(
             print(f"{label} {side:11} {clock:6} {spread.line('ms/token', 1e3)}")
         print(f"{label} {name:11} {clock:6} {speedup.line('x')} as fast")
         result[clock] = {**each, "speedup": speedup}
-    for side, peak in peaks.items():
+    for side, peak in (peaks or {}).items():
         print(f"{label} {side:11} peak   {peak / GIB:.3f} GiB")
     return result
 

@@ -5,8 +5,8 @@
 At temperature 1, and without white space between the parts: the demo, which never learned to write
 JSON, would spend most tokens on it. Every answer that ended must be valid by `jsonschema`, which
 knows nothing of our grammar; every tenth is asked for again, not streamed, and must come to the
-same tokens. The tests do this with some. 200 schemas take about ten minutes on two cores. The last
-line is one JSON object.
+same tokens. The tests do this with some. 200 schemas take many minutes. The last line is one JSON
+object.
 """
 
 import argparse

@@ -1,15 +1,19 @@
-"""The documents say what is so: files exist, commands parse, the example runs."""
+"""The documents say what is so: files exist, commands parse, figures are those of the records."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from mlx_gptoss.cli import main
+from mlx_gptoss.table import PLACES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -87,12 +91,81 @@ def test_every_command_parses(line: str) -> None:
     if name.startswith("-"):
         return
     command = main.commands[name]
+    if isinstance(command, click.Group):  # `bench MODEL` means `bench run MODEL`
+        known = arguments and arguments[0] in command.commands
+        command = command.commands[arguments.pop(0) if known else "run"]
     with click.Context(command, info_name=name) as context:
         parser = command.make_parser(context)
         options, rest, _ = parser.parse_args([a for a in arguments if a not in ("-h", "--help")])
     wanted = [p for p in command.params if isinstance(p, click.Argument)]
     assert len(rest) <= len(wanted) or not arguments, line
     assert options is not None
+
+
+def programs() -> list[str]:
+    """Every Python program that a page says how to run: a file, or a module of ours."""
+    pages = [(ROOT / line).read_text() for line in tracked() if line.endswith(".md")]
+    found = re.findall(
+        r"python (-m (?:benchmarks|tests|mlx_gptoss)\S*|\S+\.py)\b", "\n".join(pages)
+    )
+    assert len(found) > 15
+    return sorted({name.replace(".", "/") + ".py" if "-m " in name else name for name in found})
+
+
+def test_every_program_that_is_told_to_be_run_exists() -> None:
+    for name in programs():
+        path = ROOT / name.removeprefix("-m ")
+        inside = [path, path.with_suffix("") / "__main__.py", ROOT / "tests/examples" / name]
+        assert any(place.is_file() for place in inside), name
+
+
+def record(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
+def speedups(name: str, results: Iterable[str] | None = None) -> str:
+    """How many times faster ours is, of some results of a record."""
+    found = record(name)["results"]
+    return ", ".join(f"{found[n]['wall_s']['speedup']['median']:.1f}" for n in results or found)
+
+
+def figures() -> Iterator[str]:
+    """What the README says, made anew from the records that it names."""
+    harmony, schemas = record("harmony_linux.json"), record("schemas_linux.json")["outcomes"]
+    ours, peer = (harmony[name]["cpu"]["median"] for name in ("parse", "parse, openai-harmony"))
+    yield f"| {ours:.1f} us | openai-harmony, in Rust: {peer:.1f} us |"
+    yield f"| {schemas['valid']}, {schemas['cut']}, {schemas.get('invalid', 0)} |"
+    for dtype in ("bfloat16", "float32"):
+        both = (speedups(f"{name}_mini_linux.json", [dtype]) for name in ("decode", "prefill"))
+        yield f"| {', '.join(both)} | 1 |"
+    yield f"| {speedups('sampling_linux.json')} | 1 |"
+    plans = {
+        (run["model"], run["embedding"]): run for run in record("plan_vs_peak_linux.json")["runs"]
+    }
+    for place in PLACES:
+        both = (plans[model, place] for model in ("demo", "mini"))
+        ratios = (run["planned_bytes"] / run["peak_bytes"] for run in both)
+        yield f"| {', '.join(f'{ratio:.3f}' for ratio in ratios)}"
+    saved = plans["mini", "memory"]["peak_bytes"] - plans["mini", "file"]["peak_bytes"]
+    yield f"; {saved / 1e9:.2f} GB |"
+    tries = record("reproduce_linux.json")["tries"].values()
+    spreads = sorted(100 * one["spread"] for runs in tries for one in runs)
+    yield f" {spreads[0]:.0f} to {spreads[-1]:.0f} % "
+    agree = [sum(one["agree"] for one in runs) for runs in tries]
+    yield f"| {min(agree)} of {len(next(iter(tries)))} |"
+    together = record("batch_linux.json")["results"]["demo"]["8"]["wall_s"]["over_one"]["median"]
+    yield f"over those of one | {together:.1f} |"
+    [demo] = [
+        result["decode_tok_per_s"]["median"]
+        for result in record("intel-xeon_24g_demo.json")["results"]
+        if (result["engine"], result["depth"], result["batch"]) == ("mlx-gptoss", 64, 1)
+    ]
+    yield f"the demo decodes {demo:.0f} tokens a second"
+
+
+@pytest.mark.parametrize("figure", list(figures()))
+def test_figures_are_those_of_the_records(figure: str) -> None:
+    assert figure in README, "a record was made anew: say so in the README"
 
 
 @pytest.mark.parametrize(
