@@ -1,28 +1,42 @@
-"""What a step of 1 to 32 rows reads by our kernels and by MLX's, and which of them to use.
+"""What a step of 1 to 32 rows reads by our kernels and by MLX's products, and which are faster.
 
     python benchmarks/batch_card.py            a table, then one line of JSON
     python benchmarks/batch_card.py --write    also keep it in benchmarks/results
 
 Bytes are of one layer (or the unembedding): 32-byte sectors that a threadgroup touches, summed over
 threadgroups. Ours are counted by the emulator on sampled threadgroups of the published widths.
-MLX's are ANALYTIC, from the tiles of its kernels and its choice among them (mlx/backend/metal of
-MLX 0.32): a vector kernel for each row reads W and, for every 8 rows of W, x; a GEMM reads W once,
-and x for every 32 rows of W (64 if plain). Its expert kernel reads an expert for each of its rows.
-Depths of MLX's paths are counted by hand in definitions.py, with elementwise chains fused.
+MLX's are ANALYTIC, from the tiles of its kernels and its choice among them on an M3 or M4 Max
+(mlx/backend/metal of MLX 0.32.2 and later). A pass is one reading of a matrix W:
+
+    rows       plain W                            q8 and q4
+    1          a pass, x for every 8 rows of W    the same
+    2 to 12    ceil(rows / 5) passes, x for       ceil(rows / 5) passes, x for every 8
+               every 4; one pass of the
+               unembedding
+    13, 14     the same                           the same, and the unembedding as from 15 on
+    15         the same                           a pass, x for every 32
+    from 16    a pass, x for every 64             a pass, x for every 32
+
+To that come the copies that MLX's forms make of append segments, of the router in float32 and of
+logits. Its expert kernel reads an expert for each of its rows, unless they are sorted and 4 times
+as many as the experts. Depths of MLX's forms are counted by hand in definitions.py, elementwise
+chains fused.
 
 Rows choose their experts at random and independently of each other; real rows share more.
 
 The choice is a PREDICTION: bytes over the bandwidth and dependent dispatches (decode_card.py) of
-one chip. Caches, arithmetic and occupancy are not in it, and no Mac was asked.
+one chip. Caches, arithmetic and occupancy are not in it, and no Mac was asked. What a step makes of
+it is in mlx_gptoss/kernels/batches.py.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -33,20 +47,27 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.decode_card import EPOCH_S, MODELS, WEIGHT_SHARE  # noqa: E402
 from benchmarks.traffic import MODEL, packed_bytes  # noqa: E402
 from mlx_gptoss.chips import CHIPS  # noqa: E402
-from mlx_gptoss.config import ModelConfig  # noqa: E402
+from mlx_gptoss.config import GPT_OSS_20B, ModelConfig  # noqa: E402
 from mlx_gptoss.kernels.definitions import expert_groups  # noqa: E402
 from mlx_gptoss.kernels.grouped import BLOCK  # noqa: E402
 from mlx_gptoss.kernels.inputs import Dense, Inputs  # noqa: E402
+from mlx_gptoss.kernels.matrix import row_blocks  # noqa: E402
 from mlx_gptoss.kernels.registry import KERNELS  # noqa: E402
 from mlx_gptoss.metal.emulator import emulate  # noqa: E402
 
-ROWS = (1, 2, 4, 8, 16, 32)
+ROWS = (1, 2, 3, 4, 6, 8, 9, 12, 13, 15, 16, 17, 20, 24, 28, 32)
 RESULT = ROOT / "benchmarks" / "results" / "batch_card.json"
 CHIP = "M4 Max"
-DENSE = ("norm_qkv_rope", "out_residual", "route", "unembed")
-MLX_DEPTH = {"norm_qkv_rope": 4, "out_residual": 2, "route": 2, "unembed": 6, "experts": 8}
-OUR_DEPTH = {"rows": 2, "grouped": 4}
+DENSE = ("norm_qkv_rope", "out_residual", "unembed")
+DEPTHS = {
+    "norm_qkv_rope": {"ours": 1, "mlx": 4},
+    "out_residual": {"ours": 1, "mlx": 2},
+    "route": {"ours": 1, "mlx": 2},
+    "unembed": {"ours": 1, "mlx": 6},
+    "experts": {"rows": 2, "grouped": 4, "mlx": 8},
+}
 CUT = 64  # rows of an expert's matrix that stand for all
+LOGIT_BYTES = 36  # of a logit and what is made of it, written and read between MLX's kernels
 
 
 def launched_bytes(stem: str, given: dict[str, Any], sampled: int | None) -> float:
@@ -58,23 +79,48 @@ def launched_bytes(stem: str, given: dict[str, Any], sampled: int | None) -> flo
     return report.traffic().distinct_sectors * 32 / run
 
 
-def dense_bytes(config: ModelConfig, stem: str, rows: int, dense: Dense) -> tuple[float, float]:
-    """Bytes of a dense operation, ours and MLX's."""
-    sizes = replace(MODEL, batch=rows, experts=config.num_local_experts)
-    dense = "plain" if stem == "route" else dense
+def product_bytes(whole: float, shape: tuple[int, int], rows: int, dense: Dense) -> float:
+    """Bytes of MLX's product with a matrix of `whole` bytes; see above."""
+    (count, columns), passes = shape, -(-rows // 5)
+    vectors = rows * 2 * columns
+    if rows == 1:
+        return whole + count / 8 * vectors
+    if dense == "plain":
+        if rows >= 16:
+            return whole + count / 64 * vectors
+        return (passes if count < 65536 else 1) * whole + count / 4 * vectors
+    if rows >= (15 if max(shape) <= 4096 else 13):
+        return whole + count / 32 * vectors
+    return passes * whole + count / 8 * vectors
+
+
+def dense_bytes(stem: str, rows: int, dense: Dense) -> dict[str, float]:
+    """Bytes of an operation that has the same widths in both models."""
+    sizes = replace(MODEL, batch=rows)
     given = KERNELS[stem].case(Inputs(sizes, dtype=mx.bfloat16, dense=dense))
-    parts = given.get("projections") or (given["router" if stem == "route" else "matrix"],)
-    scale = config.vocab_size / sizes.vocab if stem == "unembed" else 1
-    theirs = 0.0
-    for matrix in parts:
-        count, width = matrix.weight.shape[0], given["x"].shape[1]
-        whole, vector = packed_bytes(matrix), 2 * width
-        limit = 2 if dense == "plain" else 10 if stem == "unembed" else 12
-        if rows < limit:
-            theirs += rows * (whole + count / 8 * vector)
-        else:
-            theirs += whole + count / (64 if dense == "plain" else 32) * rows * vector
-    return launched_bytes(stem, given, 6) * scale, theirs * scale
+    matrices = given.get("projections") or (given["matrix"],)
+    columns, sampled, scale, copied = given["x"].shape[1], 6, 1.0, 0.0
+    if stem == "norm_qkv_rope":  # one in 16 threadgroups, which hits those that copy once, too
+        cut = row_blocks(rows, columns)
+        sampled = (4 * (sizes.q_heads + 2 * sizes.kv_heads) // cut.tiles // 16 + 1) * cut.groups
+        copied = 2 * sum(segment.nbytes for segment in given["append"])
+    if stem == "unembed":
+        scale = GPT_OSS_20B.vocab_size / sizes.vocab
+        copied = rows * GPT_OSS_20B.vocab_size * LOGIT_BYTES
+    theirs = copied
+    for matrix in matrices:
+        shape = (round(matrix.weight.shape[0] * scale), columns)
+        theirs += product_bytes(packed_bytes(matrix) * scale, shape, rows, dense)
+    return {"ours": launched_bytes(stem, given, sampled) * scale, "mlx": theirs}
+
+
+def route_bytes(config: ModelConfig, rows: int) -> dict[str, float]:
+    """Bytes of the router, whose product MLX makes in float32."""
+    sizes = replace(MODEL, batch=rows, experts=config.num_local_experts)
+    given = KERNELS["route"].case(Inputs(sizes, dtype=mx.bfloat16))
+    whole, shape = packed_bytes(given["router"]), given["router"].weight.shape
+    product = product_bytes(2 * whole, (shape[0], 2 * shape[1]), max(rows, 16), "plain")
+    return {"ours": launched_bytes("route", given, None), "mlx": 3 * whole + product}
 
 
 @cache
@@ -123,55 +169,60 @@ def expert_bytes(config: ModelConfig, rows: int) -> dict[str, float]:
     return {"rows": rows * chosen * pair_bytes(), "grouped": grouped, "mlx": theirs}
 
 
-def fastest(bytes_of: dict[str, float], depth_of: dict[str, int], chip: Any) -> str:
-    """The path of least predicted time."""
-    epoch_s = EPOCH_S * (1 - 0.1 * (chip.generation - 1))
-    rate = chip.bandwidth_gb_per_s * 1e9 * WEIGHT_SHARE
-    return min(bytes_of, key=lambda path: bytes_of[path] / rate + depth_of[path] * epoch_s)
-
-
-def card(dense: Dense) -> dict[str, Any]:
-    """Bytes of each operation, model and batch, and the path chosen."""
+def predicted_us(bytes_of: Mapping[str, float], depth_of: Mapping[str, int]) -> dict[str, float]:
+    """Microseconds of each form on the chip."""
     chip = max((c for c in CHIPS if c.name == CHIP), key=lambda c: c.bandwidth_gb_per_s)
-    rows: list[dict[str, Any]] = []
-    for name, config in MODELS.items():
-        for batch in ROWS:
-            for stem in DENSE:
-                if stem != "route" and name == "120b":
-                    continue  # the same widths
-                ours, theirs = dense_bytes(config, stem, batch, dense)
-                found = {"ours": ours, "mlx": theirs}
-                depths = {"ours": 1, "mlx": MLX_DEPTH[stem]}
-                rows.append(row(name, stem, batch, found, fastest(found, depths, chip)))
-            found = expert_bytes(config, batch)
-            depths = OUR_DEPTH | {"mlx": MLX_DEPTH["experts"]}
-            rows.append(row(name, "experts", batch, found, fastest(found, depths, chip)))
-    return {"dense": dense, "chip": CHIP, "rows": rows}
+    epoch_us = 1e6 * EPOCH_S * (1 - 0.1 * (chip.generation - 1))
+    rate = chip.bandwidth_gb_per_s * 1e3 * WEIGHT_SHARE
+    return {form: bytes_of[form] / rate + depth * epoch_us for form, depth in depth_of.items()}
 
 
-def row(model: str, operation: str, batch: int, found: dict[str, float], path: str) -> Any:
+def row(model: str, operation: str, packing: str, batch: int, found: Mapping[str, float]) -> Any:
     """One line of the card."""
-    megabytes = {name: round(value / 1e6, 2) for name, value in found.items()}
-    return {"model": model, "operation": operation, "rows": batch, "mb": megabytes, "path": path}
+    times = predicted_us(found, DEPTHS[operation])
+    return {
+        "model": model,
+        "operation": operation,
+        "packing": packing,
+        "rows": batch,
+        "mb": {form: round(value / 1e6, 2) for form, value in found.items()},
+        "predicted_us": {form: round(value, 1) for form, value in times.items()},
+        "fastest": min(times, key=lambda form: times[form]),
+    }
+
+
+def card() -> dict[str, Any]:
+    """Bytes of each operation, packing, model and batch, and the form that wins."""
+    rows = []
+    for batch in ROWS:
+        for packing in get_args(Dense):
+            for stem in DENSE:
+                found = dense_bytes(stem, batch, packing)
+                rows.append(row("both", stem, packing, batch, found))
+        for name, config in MODELS.items():
+            rows.append(row(name, "route", "plain", batch, route_bytes(config, batch)))
+            rows.append(row(name, "experts", "mxfp4", batch, expert_bytes(config, batch)))
+    order = {name: place for place, name in enumerate(DEPTHS)}
+    rows.sort(key=lambda r: (r["model"] != "both", order[r["operation"]], r["packing"], r["model"]))
+    return {"chip": CHIP, "rows": rows}
 
 
 def main() -> None:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="keep the cards")
+    parser.add_argument("--write", action="store_true", help="keep the card")
     write = parser.parse_args().write
-    cards = [card("plain"), card("q8")]
-    for found in cards:
-        print(f"\n{found['dense']} dense weights; MB of a layer; PREDICTED for the {found['chip']}")
-        for line in found["rows"]:
-            sizes = "  ".join(f"{name} {value:>9}" for name, value in line["mb"].items())
-            print(
-                f"{line['model']:5}{line['operation']:15}{line['rows']:>3}  {sizes}  {line['path']}"
-            )
-    text = json.dumps(cards)
+    found = card()
+    print(f"MB of a layer, PREDICTED microseconds on the {CHIP}, and the form that wins")
+    for line in found["rows"]:
+        forms = "  ".join(
+            f"{form} {line['mb'][form]:>8} {time:>7}" for form, time in line["predicted_us"].items()
+        )
+        name = f"{line['model']:5}{line['operation']:14}{line['packing']:6}{line['rows']:>3}"
+        print(f"{name}  {forms}  {line['fastest']}")
     if write:
-        RESULT.write_text(json.dumps(cards, indent=1) + "\n")
-    print(text)
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

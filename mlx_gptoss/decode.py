@@ -11,7 +11,8 @@ rows, so MLX never copies more than those while a step is in flight. When they a
 merges them into the cache. A step computed ahead is dropped by going on from the state before it.
 
 A batch is any generations, each with its own cache: the weights are read once for all rows, and
-each attends over its own frozen segments. The rows of a batch depend on nothing but themselves.
+each attends over its own frozen segments. Up to `kernels.batches.EXACT_ROWS` rows, a row's bits
+depend on nothing but itself; of more, the last ones also on how many there are.
 """
 
 import weakref

@@ -5,18 +5,23 @@ the step itself advances, the token is sampled on the device. A step is its laye
 token before, and then the choice of the next, which alone needs to know what may come.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gptoss.cache import Segment
 from mlx_gptoss.config import FULL
 from mlx_gptoss.decode_weights import Weights, given
+from mlx_gptoss.kernels import products
 from mlx_gptoss.kernels.attention import splits_for
-from mlx_gptoss.kernels.batches import groups_experts
-from mlx_gptoss.kernels.selection import KernelSet
+from mlx_gptoss.kernels.batches import experts_form, takes_mlx
+from mlx_gptoss.kernels.selection import KernelSet, dense_form
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.model import Model
+from mlx_gptoss.moe import sorted_experts
 
 Chosen = tuple[mx.array, mx.array, mx.array]  # token, control and logprob of the next state
 
@@ -91,7 +96,8 @@ class DecodeStep:
         """
         self.traces += 1
         k, c, model = self._kernels, self._model.config, self._model
-        eps, rope = c.rms_norm_eps, weights["rope"]
+        rows, eps, rope = token.size, c.rms_norm_eps, weights["rope"]
+        route = self._taken("route", c.num_local_experts, rows)
         ends = accumulate(layers[0][0].shape[0] for layers in frozen)
         spans = [slice(end - f[0][0].shape[0], end) for f, end in zip(frozen, ends, strict=True)]
         x = k.embed(
@@ -105,23 +111,24 @@ class DecodeStep:
             layer = weights["layers"][n]
             attention, moe = model.layers[n]
             projections = [given(getattr(attention, p), layer[p]) for p in ("q", "k", "v")]
-            q, recent = k.norm_qkv_rope(
+            q, recent = self._dense("norm_qkv_rope", attention.q, rows)(
                 x, layer["norm"], projections, rope, control=control, append=append[n], eps=eps
             )
             appended.append(recent)
             mixed = [
                 self._attend(
                     kind,
-                    q[rows],
+                    q[own],
                     layers[n],
-                    (recent[0][rows], recent[1][rows]),
+                    (recent[0][own], recent[1][own]),
                     layer["sinks"],
-                    control[rows],
+                    control[own],
                 )
-                for layers, rows in zip(frozen, spans, strict=True)
+                for layers, own in zip(frozen, spans, strict=True)
             ]
-            x = k.out_residual(mx.concatenate(mixed), given(attention.out, layer["out"]), x)
-            y, logits = k.route(x, layer["moe_norm"], given(moe.router, layer["router"]), eps=eps)
+            out = self._dense("out_residual", attention.out, rows)
+            x = out(mx.concatenate(mixed), given(attention.out, layer["out"]), x)
+            y, logits = route(x, layer["moe_norm"], given(moe.router, layer["router"]), eps=eps)
             matrices = [given(getattr(moe, m), layer[m]) for m in ("gate", "up", "down")]
             x = self._experts(x, y, logits, matrices)
         return x, appended
@@ -150,7 +157,7 @@ class DecodeStep:
             token, control and logprob of the next state.
         """
         k, model = self._kernels, self._model
-        logits, best = k.unembed(
+        logits, best = self._dense("unembed", model.unembedding, x.shape[0])(
             x,
             weights["norm"],
             given(model.unembedding, weights["unembedding"]),
@@ -167,21 +174,30 @@ class DecodeStep:
             token, logprob, control = k.sample_token(best, logits, control=control)
         return token, control, logprob
 
+    def _dense(self, stem: str, matrix: Matrix, rows: int) -> Callable[..., Any]:
+        """What multiplies so many rows by a matrix; a layer's q, k and v are packed alike."""
+        return self._taken(stem, dense_form(matrix), rows)
+
+    def _taken(self, stem: str, packing_or_experts: str | int, rows: int) -> Callable[..., Any]:
+        if takes_mlx(stem, packing_or_experts, rows):
+            return partial(products.PRODUCTS[stem], kernels=self._kernels)
+        return getattr(self._kernels, stem)
+
     def _experts(
         self, x: mx.array, y: mx.array, logits: mx.array, matrices: list[Matrix]
     ) -> mx.array:
         """The chosen experts of each row, read row by row or once for all rows that share one."""
         k, c, (gate, up, down) = self._kernels, self._model.config, matrices
-        rest = {
-            "chosen": c.num_experts_per_tok,
-            "alpha": c.swiglu_alpha,
-            "limit": c.swiglu_limit,
-        }
-        if not (k.groups_experts and groups_experts(x.shape[0], c.num_local_experts)):
-            h = k.experts_swiglu(y, logits, gate, up, **rest)
+        chosen, clamps = c.num_experts_per_tok, {"alpha": c.swiglu_alpha, "limit": c.swiglu_limit}
+        form = experts_form(c.num_local_experts, x.shape[0]) if k.groups_experts else "rows"
+        if form == "rows":
+            h = k.experts_swiglu(y, logits, gate, up, chosen=chosen, **clamps)
             return k.experts_down(h, logits, down, x)
-        blocks, choice = k.expert_groups(logits, chosen=c.num_experts_per_tok)
-        h = k.experts_swiglu_grouped(y, blocks, gate, up, **rest)
+        blocks, choice = k.expert_groups(logits, chosen=chosen)
+        if form == "mlx":
+            pairs = (choice[..., 0].astype(mx.uint32), choice[..., 1])
+            return sorted_experts(x, y, pairs, (gate, up, down), kernels=k, **clamps)
+        h = k.experts_swiglu_grouped(y, blocks, gate, up, chosen=chosen, **clamps)
         sums = k.experts_down_grouped(h, blocks, choice, down)
         assert down.bias is not None
         return k.experts_sum(sums, choice, down.bias, x)

@@ -84,6 +84,34 @@ def _experts(
     if experts.size < GROUP_FROM:
         h = reference.experts_swiglu(y[:, None, None], experts, gate, up, **clamps)
         return reference.experts_down(h, experts, shares, down, rows)
+    return sorted_experts(rows, y, (experts, shares), (gate, up, down), kernels=kernels, **clamps)
+
+
+def sorted_experts(
+    rows: mx.array,
+    y: mx.array,
+    choice: tuple[mx.array, mx.array],
+    matrices: tuple[Matrix, Matrix, Matrix],
+    *,
+    kernels: KernelSet,
+    limit: float,
+    alpha: float,
+) -> mx.array:
+    """The chosen experts of each row by MLX's products, over pairs sorted by expert.
+
+    Args:
+        rows: (N, D), the residual stream.
+        y: (N, D), normalised.
+        choice: experts (N, K) uint32 and weights (N, K) float32.
+        matrices: gate and up (E, H, D), down (E, D, H).
+        kernels: what runs between the products.
+        limit: of the SwiGLU clamps.
+        alpha: of the SwiGLU sigmoid.
+
+    Returns:
+        (N, D) in the type of the rows.
+    """
+    (gate, up, down), (experts, _) = matrices, choice
     by_expert = kernels.expert_dispatch(experts, count=gate.weight.shape[0])
 
     def product(x: mx.array, matrix: Matrix) -> mx.array:
@@ -92,7 +120,10 @@ def _experts(
 
     x = y[by_expert.tokens][:, None]  # (N*K, 1, D)
     h = kernels.swiglu_pairs(
-        (product(x, gate), product(x, up)), by_expert.experts, (gate.bias, up.bias), **clamps
+        (product(x, gate), product(x, up)),
+        by_expert.experts,
+        (gate.bias, up.bias),
+        limit=limit,
+        alpha=alpha,
     )
-    z, choice = product(h, down), (experts, shares)
-    return kernels.sum_pairs(z, by_expert.inverse, choice, down.bias, rows)
+    return kernels.sum_pairs(product(h, down), by_expert.inverse, choice, down.bias, rows)

@@ -3,7 +3,8 @@
 Both start after the prompt, give each token from the one before without waiting for it, and can
 forget the last step taken, which is how the engine stays one step ahead of the host. Where a guide
 must see a token to say which may follow, that token is fed ahead, and the next one chosen later.
-The steps of several generations are taken together; none depends on who else is there.
+The steps of several generations are taken together; none depends on who else is there, see
+`kernels.batches`.
 """
 
 from collections.abc import Sequence

@@ -224,6 +224,14 @@ def unembed(
 ) -> tuple[mx.array, mx.array]:
     """See `kernels.unembed`."""
     logits = reference.final_logits(reference.rms_norm(x, norm, eps=eps), matrix)
+    best = candidates(logits, allowed, control=control, temperature=temperature)
+    return logits, best
+
+
+def candidates(
+    logits: mx.array, allowed: mx.array, *, control: mx.array, temperature: mx.array
+) -> mx.array:
+    """One candidate for the next token out of every 64 of logits (B, V), see `kernels.unembed`."""
     batch, vocabulary = logits.shape
     masked = mx.where(unpacked(allowed, vocabulary), logits, -mx.inf)
     divisor = temperature[:, :1]
@@ -239,7 +247,7 @@ def unembed(
     peak = parts.max(-1)
     total = mx.where(parts == -mx.inf, 0, mx.exp(parts - peak[..., None])).sum(-1)
     ids = mx.where(score == -mx.inf, vocabulary, ids).astype(mx.float32)
-    return logits, mx.stack([score, ids, peak, total], axis=-1)
+    return mx.stack([score, ids, peak, total], axis=-1)
 
 
 def sample_token(

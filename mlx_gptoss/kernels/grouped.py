@@ -12,6 +12,7 @@ from mlx_gptoss.kernels.matrix import expert_inputs, simdgroups
 from mlx_gptoss.matrix import Matrix
 
 BLOCK = 4  # pairs of a block: two for each of two sets of simdgroups
+SINGLE = ("experts_swiglu", "experts_down")  # of the same bits, row by row
 GROUPED = ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped")
 COLUMNS = 8  # of a block: expert, count, pairs, padding
 

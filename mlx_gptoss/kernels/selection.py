@@ -24,7 +24,7 @@ from mlx_gptoss._version import __version__
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.errors import KernelError
 from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
-from mlx_gptoss.kernels.grouped import GROUPED
+from mlx_gptoss.kernels.grouped import GROUPED, SINGLE
 from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes, Weights
 from mlx_gptoss.kernels.launch import source_text
 from mlx_gptoss.kernels.matrix import AFFINE_GROUP
@@ -60,8 +60,12 @@ class KernelSet:
 
     @property
     def groups_experts(self) -> bool:
-        """Whether the kernels of experts in groups all run: as definitions they gain nothing."""
-        return not any(stem in self.fallbacks for stem in GROUPED)
+        """Whether experts may be read in groups: where a step of one row runs kernels, too.
+
+        Else a row would have other bits alone than in a batch; and as definitions groups gain
+        nothing.
+        """
+        return not any(stem in self.fallbacks for stem in (*SINGLE, *GROUPED))
 
     def __getattr__(self, stem: str) -> Callable[..., Any]:
         try:
