@@ -18,10 +18,9 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from queue import Empty, SimpleQueue
 
 import mlx.core as mx
@@ -29,14 +28,11 @@ import mlx.core as mx
 from mlx_gptoss.cache_folder import CacheFolder, Found
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.errors import RuntimeClosedError
-from mlx_gptoss.harmony.ledger import Prompt
 from mlx_gptoss.memory import Memory
 from mlx_gptoss.model import Model
-from mlx_gptoss.prefix_cache import PrefixCache, Slot
-from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.steps import Guide
-from mlx_gptoss.stream import FORKED, Outbox
-from mlx_gptoss.turn import Turn
+from mlx_gptoss.prefix_cache import PrefixCache
+from mlx_gptoss.stream import FORKED
+from mlx_gptoss.task import Running, Task
 
 log = logging.getLogger("mlx_gptoss")
 
@@ -44,88 +40,6 @@ CLOSED = "runtime: closed; open another one"
 FAILED = (
     "runtime: ended by a fault of its own, {}: {}; its traceback is in the log; open another one"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A turn to be made.
-
-    Attributes:
-        prompt: Its tokens.
-        head: Length of the instructions at its beginning, in tokens.
-        recipients: Tools that may be called.
-        sampling: How to choose tokens.
-        max_tokens: Most tokens of the answer.
-        context: Tokens to reserve memory for.
-        guide: Holds the turn to a schema; None lets it be.
-        outbox: Takes the events, and then a `Reply` or an error.
-        on_prefill: Told, in the thread, how many tokens of the prompt are read, and how many will.
-    """
-
-    prompt: Prompt
-    head: int
-    recipients: Mapping[str, str]
-    sampling: SamplingParams
-    max_tokens: int | None
-    context: int
-    guide: Guide | None
-    outbox: Outbox
-    on_prefill: Callable[[int, int], None] | None = None
-
-
-class _Running:
-    """A task at work.
-
-    Attributes:
-        reads: Its prompt is not fed yet.
-        fed_in: The last round in which it was fed a chunk.
-    """
-
-    def __init__(self, task: Task, engine: Engine, prefixes: PrefixCache, *, found: Found | None):
-        self.task = task
-        self.slot: Slot = prefixes.take(task.prompt, head=task.head, found=found)
-        self._prefixes = prefixes
-        self.reads, self.fed_in = True, 0
-        self.turn = Turn(
-            engine,
-            task.prompt.tokens,
-            sampling=task.sampling,
-            max_tokens=task.max_tokens,
-            recipients=task.recipients,
-            cache=self.slot.cache,
-            breaks=self.slot.marks,
-            guide=task.guide,
-            # no method of ours: the turn would hold us, and we the turn, with all its memory
-            on_prefill=partial(_note_chunk, task, self.slot, prefixes),
-        )
-
-    def feed(self) -> bool:
-        """Feed one chunk of the prompt; whether the turn goes on, as in the methods below."""
-        self.reads = self.turn.generation.feed()
-        return True
-
-    def write(self) -> bool:
-        """Tell what the next token says."""
-        for event in self.turn.advance():
-            self.task.outbox.put(event)
-        return self.leave() if self.turn.is_over else True
-
-    def leave(self) -> bool:
-        """Give the cache back, and the reply of a turn that is over and not cancelled."""
-        self.turn.generation.close()
-        self.slot.note((*self.task.prompt.tokens, *self.turn.tokens))
-        self._prefixes.give_back(self.slot)
-        if self.turn.is_over:
-            self.task.outbox.put(self.turn.reply())
-        return False
-
-
-def _note_chunk(task: Task, slot: Slot, prefixes: PrefixCache, done: int, total: int) -> None:
-    slot.note(task.prompt.tokens)
-    if slot.cache.offset == task.head:
-        prefixes.share(slot)
-    if task.on_prefill is not None:
-        task.on_prefill(done, total)
 
 
 @dataclass(frozen=True)
@@ -168,7 +82,7 @@ class Owner:
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._waiting: deque[Task] = deque()
         self._arriving: list[_Arriving] = []
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._rounds = 0
         loaded: Future[None] = Future()
         # daemon: an app that forgets to close must still be able to end
@@ -285,7 +199,7 @@ class Owner:
     def _start(self, arriving: _Arriving, engine: Engine) -> None:
         try:
             found = arriving.search.result()
-            self._running.append(_Running(arriving.task, engine, self._prefixes, found=found))
+            self._running.append(Running(arriving.task, engine, self._prefixes, found=found))
         except Exception as error:
             arriving.task.outbox.put(error)
 
@@ -304,7 +218,7 @@ class Owner:
         )
         return True
 
-    def _may_go_on(self, running: _Running) -> bool:
+    def _may_go_on(self, running: Running) -> bool:
         """Whether a turn's reader keeps up, or others wait for what it holds."""
         return bool(self._waiting) or not running.task.outbox.is_full
 
@@ -324,7 +238,7 @@ class Owner:
             next_one.fed_in = self._rounds
             self._advance(next_one, next_one.feed)
 
-    def _advance(self, running: _Running, step: Callable[[], bool]) -> None:
+    def _advance(self, running: Running, step: Callable[[], bool]) -> None:
         try:
             if step():
                 return

@@ -16,8 +16,7 @@ that reuses a cache may differ in the last bits from one that does not (`cache_b
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +27,11 @@ from mlx_gptoss.conversation import Answers, Messages, Tools
 from mlx_gptoss.engine import MOST_AT_ONCE, Engine
 from mlx_gptoss.harmony import FinishReason, Message, RenderOptions, Schemas, tool_result
 from mlx_gptoss.memory import Memory
-from mlx_gptoss.owner import Owner, Task
-from mlx_gptoss.request import Effort, Request
-from mlx_gptoss.rules import ToolChoice, TurnRules
+from mlx_gptoss.owner import Owner
+from mlx_gptoss.request import Effort, Intake, Request
+from mlx_gptoss.rules import ToolChoice
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.stream import AsyncStream, Outbox, Stream
-from mlx_gptoss.structured import Guide
+from mlx_gptoss.stream import AsyncStream, Stream
 from mlx_gptoss.table import EmbeddingPlace
 from mlx_gptoss.tools import call, describe
 from mlx_gptoss.turn import Reply, harmony_engine
@@ -89,12 +87,14 @@ class Runtime:
             raise ValueError(f"cache_bytes: expected a number >= 0, got {cache_bytes}")
         if tool_schemas not in list(Schemas):
             raise ValueError(f"tool_schemas: expected {' or '.join(Schemas)}, got {tool_schemas!r}")
-        self._rendering = RenderOptions(schemas=Schemas(tool_schemas))
-        self._admission = admission
         self._owner = Owner(
             load, memory=admission, cache_bytes=cache_bytes, files=files, concurrent=concurrent
         )
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="mlx-gptoss-schemas")
+        self._intake = Intake(
+            self._owner,
+            admission=admission,
+            rendering=RenderOptions(schemas=Schemas(tool_schemas)),
+        )
 
     @classmethod
     def open(
@@ -194,7 +194,7 @@ class Runtime:
             ValueError: `max_tokens` is below 1.
         """
         return Stream(
-            self._submit(
+            self._intake.submit(
                 Request(
                     messages=messages,
                     instructions=instructions,
@@ -227,7 +227,7 @@ class Runtime:
         events are read.
         """
         return AsyncStream(
-            self._submit_soon(
+            self._intake.submit_soon(
                 Request(
                     messages=messages,
                     instructions=instructions,
@@ -345,47 +345,10 @@ class Runtime:
     def close(self) -> None:
         """Cancel every turn and free the memory; does nothing the second time."""
         self._owner.close()
-        self._compiler.shutdown()
+        self._intake.close()
 
     def __enter__(self) -> "Runtime":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _submit(self, request: Request) -> Outbox:
-        task, rules = self._read(request)
-        self._guide(task, rules)
-        return task.outbox
-
-    def _submit_soon(self, request: Request) -> Outbox:
-        """For event loops, which must not wait while schemas are compiled."""
-        task, rules = self._read(request)
-        if rules is None:
-            self._owner.submit(task)
-            return task.outbox
-        try:
-            self._compiler.submit(self._guide_later, task, rules)
-        except RuntimeError:
-            self._owner.check()  # closed meanwhile
-            raise
-        return task.outbox
-
-    def _read(self, request: Request) -> tuple[Task, TurnRules | None]:
-        self._owner.check()
-        return request.read(
-            admission=self._admission,
-            rendering=self._rendering,
-            outbox=Outbox(self._owner.wake),
-        )
-
-    def _guide(self, task: Task, rules: TurnRules | None) -> None:
-        self._owner.submit(task if rules is None else replace(task, guide=Guide(rules)))
-
-    def _guide_later(self, task: Task, rules: TurnRules) -> None:
-        try:
-            self._owner.check()
-            if not task.outbox.cancelled:
-                self._guide(task, rules)
-        except Exception as error:  # nobody looks at this thread: whoever reads is told
-            task.outbox.put(error)

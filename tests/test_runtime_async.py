@@ -53,7 +53,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> type[FreeGuide]:
     FreeGuide.begun.clear()
     FreeGuide.ready.clear()
     FreeGuide.compiled, FreeGuide.fault = [], None
-    monkeypatch.setattr("mlx_gptoss.runtime.Guide", FreeGuide)
+    monkeypatch.setattr("mlx_gptoss.request.Guide", FreeGuide)
     return FreeGuide
 
 
@@ -125,7 +125,7 @@ def test_a_turn_cancelled_while_its_schema_is_compiled_never_begins(
         compiling.ready.set()
 
     asyncio.run(use())
-    wait_until(lambda: not runtime._compiler._work_queue.qsize())
+    wait_until(lambda: not runtime._intake._compiler._work_queue.qsize())
     runtime.close()
     assert len(compiling.compiled) == 1 and model.steps == 0
 
