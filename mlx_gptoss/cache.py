@@ -45,8 +45,12 @@ def _write(store: Segment, new: Segment, at: int) -> Segment:
     return keys, values
 
 
-def _join(before: Segment, after: Segment) -> Segment:
-    keys, values = (mx.concatenate(list(pair), axis=2) for pair in zip(before, after, strict=True))
+def _join(*segments: Segment) -> Segment:
+    """Those that hold positions, one after the other."""
+    filled = [segment for segment in segments if segment[0].shape[2]]
+    if len(filled) == 1:  # laid out for the kernels that will read it
+        return mx.contiguous(filled[0][0]), mx.contiguous(filled[0][1])
+    keys, values = (mx.concatenate(list(parts), axis=2) for parts in zip(*filled, strict=True))
     return keys, values
 
 
@@ -232,9 +236,10 @@ class FullCache:
         capacity, needed = self._frozen[0].shape[2], self._frozen_length + count
         if needed > capacity:
             target = max(needed, capacity + max(GROWTH, capacity // 8))
-            more = self._empty(-(-target // GROWTH) * GROWTH - capacity)
-            self._frozen = _join(self._frozen, more)
-        self._frozen = _write(self._frozen, new, self._frozen_length)
+            room = self._empty(-(-target // GROWTH) * GROWTH - needed)
+            self._frozen = _join(_first(self._frozen, self._frozen_length), new, room)
+        else:
+            self._frozen = _write(self._frozen, new, self._frozen_length)
         self._frozen_length = needed
 
     def snapshot(self) -> FullSnapshot:
