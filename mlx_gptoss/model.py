@@ -132,7 +132,7 @@ class Model:
         """Hidden states after the final norm, for `unembed`.
 
         To feed a chunk of a prompt whose logits nobody needs, call this, drop the result, and
-        evaluate `cache.arrays`: of the last layer only keys and values are then computed.
+        evaluate `cache.arrays`: of the last layer little but keys and values is then computed.
 
         Args:
             tokens: see `__call__`.

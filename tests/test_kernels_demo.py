@@ -17,7 +17,7 @@ from mlx_gptoss.engine import Engine, Generation
 from mlx_gptoss.harmony import ResponseFormat
 from mlx_gptoss.harmony.ledger import prepare_prompt
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import all_kernels
+from mlx_gptoss.kernels.selection import KernelSet, all_kernels
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.rules import TurnRules
@@ -229,6 +229,24 @@ def test_a_prompt_is_the_same(
     assert used([report.kernel for report in session.reports]) == PROMPT_KERNELS
     assert mx.abs(got - want).max().item() < 2e-5 * mx.abs(want).max().item()
     assert mx.argmax(got).item() == mx.argmax(want).item()
+
+
+@pytest.mark.parametrize("stem", ["all of them", *sorted(PROMPT_KERNELS)])
+def test_a_prompt_without_a_kernel_is_the_same(
+    demo: Model, trained_ids: np.ndarray, stem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may fall back to its definition, on Metal, too; the others still run."""
+    model, tokens = long_prompt(demo, trained_ids)
+    want = model.next_logits(mx.array([tokens[:45]]))
+    as_on_metal(model, monkeypatch)
+    left_out = {stem} & PROMPT_KERNELS or set(KERNELS)
+    model.kernels = KernelSet.of(dict.fromkeys(left_out, "for the test"))
+    cache = model.make_cache()
+    with emulate(mode="plain") as session:
+        model.hidden(mx.array([tokens[:20]]), cache)
+        got = model.next_logits(mx.array([tokens[20:45]]), cache)
+    assert used([report.kernel for report in session.reports]) == PROMPT_KERNELS - left_out
+    assert mx.abs(got - want).max().item() < 2e-5 * mx.abs(want).max().item()
 
 
 def test_a_padded_prompt_is_the_same(

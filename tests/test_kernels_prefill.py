@@ -1,6 +1,7 @@
 """The kernels of prompts: every boundary of theirs, against their definitions in the emulator."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.kernels.agreement import compare, excess, widened
+from mlx_gptoss.kernels.inputs import Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
 from mlx_gptoss.metal.emulator import emulate
 
@@ -127,3 +129,79 @@ def test_window_of_the_published_shape() -> None:
         plane, block = divmod(group * blocks * 8 // sampled, blocks)
         heads = slice(8 * plane, 8 * plane + 8)
         assert excess(got[block, :, heads], want[block, :, heads]) <= 1, (plane, block)
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.array(random.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+@pytest.mark.parametrize("offset", [0, 5, 95, 96, 97, 500])
+@pytest.mark.parametrize("tokens", [1, 2, 95, 96, 97, 200])
+def test_ring_of(tokens: int, offset: int) -> None:
+    """Chunks shorter and longer than the ring, from its first turn and later ones."""
+    ring, new = (tuple(normal(2, 3, rows, 64) for _ in range(2)) for rows in (96, tokens))
+    with emulate():
+        found = compare(KERNELS["extend_ring"], {"ring": ring, "new": new, "offset": offset})
+    assert max(found) == 0
+
+
+@pytest.mark.parametrize("queries", [1, 6, 7])
+@pytest.mark.parametrize("angles", [1, 2])
+def test_rotation_of_the_last_queries(queries: int, angles: int) -> None:
+    """With angles of each row, and with those of one for both."""
+    given = KERNELS["qkv_rope"].case(Inputs(replace(Sizes(), tokens=7), dtype=mx.bfloat16))
+    q, k, v = given["products"]
+    given["products"] = (normal(2, queries, q.shape[-1], dtype=mx.bfloat16), k, v)
+    given["angles"] = tuple(angle[:angles] for angle in given["angles"])
+    with emulate():
+        found = compare(KERNELS["qkv_rope"], given)
+    assert max(found) <= 1, found
+
+
+@pytest.mark.parametrize("hidden", [192, 2880])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 24, 25, 33])
+def test_routes_of(tokens: int, hidden: int) -> None:
+    """Around the 24 rows of a threadgroup with one simdgroup a block, and the 8 of one with 3.
+
+    Against float64: of 2880 columns MLX's CPU is further off than the kernel.
+    """
+    kernel, sizes = KERNELS["route_prefill"], replace(Sizes(), tokens=tokens, hidden=hidden)
+    given = kernel.case(Inputs(sizes, dtype=mx.bfloat16))
+    with emulate():
+        y, experts, shares = kernel.launch(**given)
+    x, norm, weight, bias = (
+        np.array(a.astype(mx.float32), np.float64)
+        for a in (given["x"], given["norm"], given["router"].weight, given["router"].bias)
+    )
+    exact = x / np.sqrt((x * x).mean(-1, keepdims=True) + given["eps"]) * norm
+    logits = exact @ weight.T + bias
+    chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :4]
+    powers = np.exp(np.take_along_axis(logits - logits.max(-1, keepdims=True), chosen, axis=-1))
+    assert experts.tolist() == chosen.tolist()
+    assert np.abs(np.array(shares) - powers / powers.sum(-1, keepdims=True)).max() <= 2e-6
+    assert excess(y, mx.array(exact.astype(np.float32))) <= 1
+
+
+def test_ties_and_logits_that_are_not_numbers() -> None:
+    """Equal logits go to the lower expert; without numbers, ids stay in range."""
+    given = KERNELS["route_prefill"].case(Inputs(replace(Sizes(), tokens=3), dtype=mx.float32))
+    router = given["router"]
+    given["router"] = replace(router, weight=mx.zeros_like(router.weight))
+    for bias, want in ((1.0, [0, 1, 2, 3]), (mx.nan, [19] * 4)):
+        given["router"] = replace(given["router"], bias=mx.full((20,), bias))
+        with emulate():
+            _, experts, _ = KERNELS["route_prefill"].launch(**given)
+        assert experts.tolist() == [want] * 3
+
+
+def test_all_pairs_on_the_last_expert() -> None:
+    make = Inputs(replace(Sizes(), tokens=7), dtype=mx.float32)
+    for stem in ("swiglu_pairs", "sum_pairs"):
+        given = KERNELS[stem].case(make)
+        last = mx.full((28,), 19, mx.uint32)
+        changes: dict[str, Any] = {"experts": last}
+        if stem == "sum_pairs":
+            changes = {"choice": (last.reshape(7, 4), given["choice"][1])}
+        with emulate():
+            found = compare(KERNELS[stem], given | changes)
+        assert max(found) <= 1, stem

@@ -12,6 +12,11 @@ from mlx_gptoss.ring import extend_ring as plain_extend_ring
 _rotate = fused(rope.rotate)
 
 
+@fused
+def _biased(product: mx.array, bias: mx.array) -> mx.array:
+    return product.astype(mx.float32) + bias.astype(mx.float32)
+
+
 def rms_norm(x: mx.array, weight: mx.array, *, eps: float) -> mx.array:
     """See `kernels.rms_norm`."""
     return reference.rms_norm(x, weight, eps=eps).astype(x.dtype)
@@ -26,7 +31,7 @@ def qkv_rope(
     cos, sin = angles
 
     def heads(product: mx.array, bias: mx.array) -> mx.array:
-        out = product.astype(mx.float32) + bias.astype(mx.float32)
+        out = _biased(product, bias)
         return out.reshape(*out.shape[:2], -1, 2 * cos.shape[-1]).swapaxes(1, 2)
 
     q, k, v = (heads(*pair) for pair in zip(products, biases, strict=True))
@@ -79,7 +84,7 @@ def swiglu_pairs(
 ) -> mx.array:
     """See `kernels.swiglu_pairs`."""
     g, u = (
-        product + bias.astype(mx.float32)[experts][:, None]
+        _biased(product, bias[experts][:, None])
         for product, bias in zip(products, biases, strict=True)
     )
     return reference.swiglu(g, u, limit=limit, alpha=alpha).astype(products[0].dtype)
@@ -94,5 +99,5 @@ def sum_pairs(
 ) -> mx.array:
     """See `kernels.sum_pairs`."""
     experts, shares = choice
-    y = z[inverse].reshape(*experts.shape, -1) + bias.astype(mx.float32)[experts]
-    return reference.combine(y, shares, residual)
+    y = z[inverse].reshape(*experts.shape, -1)
+    return reference.combine(_biased(y, bias[experts]), shares, residual)
