@@ -89,22 +89,33 @@ def test_beside_a_guided_one_all_feed_ahead_and_choose_late() -> None:
         assert_cache_holds(one.cache, prompt + taken[one][:-1])
 
 
-def test_a_fault_is_of_the_generation_that_made_it() -> None:
+@pytest.mark.parametrize("masks", [0, 3])
+def test_a_fault_is_of_the_generation_that_made_it(masks: int) -> None:
     """But for a step that all took together, which fails all."""
 
     class Wrong:
+        left = masks
+
         def allowed(self) -> np.ndarray:
-            raise ZeroDivisionError("no mask")
+            if not self.left:
+                raise ZeroDivisionError("no mask")
+            self.left -= 1
+            return packed(np.ones(V))
 
         def accept(self, token: int) -> None: ...
 
     shared = engine(CountingModel())
-    good = shared.generate(PROMPT, sampling=GREEDY, max_tokens=5)
+    good = shared.generate(PROMPT, sampling=GREEDY, max_tokens=7)
     bad = shared.generate(PROMPT, sampling=GREEDY, guide=Wrong())
+    taken = []
+    for _ in range(masks):
+        shared.launch([good, bad])
+        taken.append(next(good))
+        assert next(bad) == taken[-1]
     shared.launch([good, bad])
     with pytest.raises(ZeroDivisionError, match="no mask"):
         next(bad)
-    assert next(bad, None) is None and list(good) == greedy(PROMPT, 5)
+    assert next(bad, None) is None and taken + list(good) == greedy(PROMPT, 7)
 
     def broken(tokens: mx.array, caches: Sequence[HashCache]) -> mx.array:
         raise MemoryError("no room")
