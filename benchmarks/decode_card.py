@@ -8,6 +8,8 @@ kernels are the primitives that launch one, dependent dispatches the longest cha
 step is traced and counted in the same run; its K and V count as often as its kernel reads them,
 once for each query head (traffic.py).
 
+Steps of several turns are in the card, too, see batch_steps.py.
+
 Tokens/s are PREDICTIONS of a model fitted to published figures of other engines on Macs, not
 measurements. A token takes
 
@@ -33,6 +35,7 @@ import mlx.core as mx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.batch_steps import BATCHES, batch_weight_bytes, count_batch  # noqa: E402
 from benchmarks.graph import (  # noqa: E402
     CHUNK,
     WIDTH,
@@ -145,6 +148,37 @@ def replay_ms(config: ModelConfig, dense: str) -> dict[str, float]:
     return {"median": round(statistics.median(times), 3), "p90": round(times[44], 3)}
 
 
+def count_batches(config: ModelConfig, dense: str) -> dict[int, dict[str, Any]]:
+    """Steps of several turns, each with a cache of its own: kernels, chain and bytes."""
+    two, four = (
+        shell_model(
+            replace(
+                config,
+                num_hidden_layers=layers,
+                layer_types=config.layer_types[:layers],
+                hidden_size=WIDTH,
+                intermediate_size=WIDTH,
+                vocab_size=1024,
+            ),
+            dense,
+        )
+        for layers in (2, 4)
+    )
+    found = {}
+    for rows in BATCHES:
+        counted = count_batch(two, four, layers=config.num_hidden_layers, rows=rows)
+        weights = batch_weight_bytes(config, dense, rows) / rows
+        found[rows] = {
+            "kernels_per_step": counted.kernels,
+            "dependent_dispatches": counted.depth,
+            "bytes_per_token": {
+                context: round(weights + sum(kv_bytes(config, context).values()))
+                for context in CONTEXTS
+            },
+        }
+    return found
+
+
 def predictions(config: ModelConfig, dense: str, context: int, depths: dict[str, int]) -> list[Any]:
     """Predicted tokens/s of the chips that hold the model and the context, both engines."""
     packing = dense_quantization(config, dense)
@@ -194,6 +228,7 @@ def card(name: str, dense: str) -> dict[str, Any]:
             "host_build_cpu_ms": mlx_lm_host_ms(config, dense),
         },
         f"kernels_per_chunk_of_{CHUNK}": count_chunks(config, dense),
+        "steps_of_turns": count_batches(config, dense),
         "weight_bytes_per_token": parts,
         "kv_bytes_per_token": kv,
         "predicted_tok_per_s": {c: predictions(config, dense, c, depths) for c in CONTEXTS},
@@ -216,6 +251,10 @@ def show(found: dict[str, Any]) -> None:
         print(f"{f'MB at context {context}':34}" + "".join(f"{size:>12.0f}" for size in sizes))
     chunk = found[f"kernels_per_chunk_of_{CHUNK}"]
     print(f"kernels for the first {CHUNK} tokens of a prompt: {chunk}")
+    print(f"{'a step of turns':18}{'kernels':>9}{'chain':>7}   MB per token and context")
+    for rows, step in found["steps_of_turns"].items():
+        sizes = "".join(f"{size / 1e6:>9.0f}" for size in step["bytes_per_token"].values())
+        print(f"{rows:>18}{step['kernels_per_step']:>9}{step['dependent_dispatches']:>7}{sizes}")
     weights = ", ".join(f"{n} {b / 1e6:.1f}" for n, b in found["weight_bytes_per_token"].items())
     print(f"weights of a token, MB: {weights}")
     print("\nPREDICTED tokens/s, ours / mlx-lm; nothing here was measured on a Mac")

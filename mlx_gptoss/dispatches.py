@@ -132,7 +132,7 @@ def _count(nodes: Sequence[Node]) -> Counted:
     made = {result for *_, results in nodes for result in results}
     read = {source for _, sources, _ in nodes for source in sources}
     for name, sources, results in nodes:
-        here = max((depth[s] for s in sources), default=0) + launches(name, parts=len(sources))
-        depth |= dict.fromkeys(results, here)
+        step = min(1, launches(name, parts=len(sources)))  # parts do not wait for each other
+        depth |= dict.fromkeys(results, step + max((depth[s] for s in sources), default=0))
     kernels = sum(launches(name, parts=len(sources)) for name, sources, _ in nodes)
     return Counted(kernels=kernels, depth=max(depth.values(), default=0), inputs=len(read - made))

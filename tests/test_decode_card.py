@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks.decode_card import MODELS, count_chunks, count_ours, kv_bytes, token_bytes
+from benchmarks.batch_steps import batch_weight_bytes, experts_read, passes
+from benchmarks.decode_card import (
+    MODELS,
+    count_batches,
+    count_chunks,
+    count_ours,
+    kv_bytes,
+    token_bytes,
+)
 from benchmarks.graph import mlx_lm_counts
 from mlx_gptoss.config import FULL
 from mlx_gptoss.dispatches import count_traced
@@ -15,6 +23,36 @@ def test_dispatches_of_a_token(model: str, dense: str, kernels: int) -> None:
     full = sum(kind == FULL for kind in MODELS[model].layer_types)
     assert kernels == 6 * MODELS[model].num_hidden_layers + full + 3
     assert (counted.kernels, counted.depth) == (kernels, kernels)
+
+
+def test_steps_of_several_turns() -> None:
+    """An attention for each row, then its output copied beside the others'; 4 for the experts."""
+    steps = count_batches(MODELS["20b"], "q8")
+    assert list(steps) == [1, 2, 4, 8, 16, 32]
+    counts = {rows: (s["kernels_per_step"], s["dependent_dispatches"]) for rows, s in steps.items()}
+    assert counts[1] == (159, 159)
+    for rows in (2, 4, 8, 16):
+        assert counts[rows] == (24 * (7 + 2 * rows) + 12 * rows + 3, 24 * 9 + 12 + 3)
+    kernels, chain = counts[32]  # of MLX's products
+    assert kernels < 24 * (32 + 2 * 32) + 12 * 32
+    assert chain < 20 * 24
+    bytes_of = [step["bytes_per_token"][1024] for step in steps.values()]
+    assert bytes_of == sorted(bytes_of, reverse=True)
+
+
+def test_weights_of_a_step() -> None:
+    """Read once for 16 rows; of experts, those that somebody chose."""
+    config = MODELS["20b"]
+    parts = token_bytes(config, "q8")
+    assert batch_weight_bytes(config, "q8", 1) == sum(parts.values())
+    assert [passes("unembed", "q8", rows) for rows in (1, 16, 17, 32)] == [1, 1, 2, 2]
+    assert [passes("unembed", "plain", rows) for rows in (16, 17, 32)] == [1, 1, 1]
+    assert [passes("route", 128, rows) for rows in (1, 16, 17)] == [1, 8, 1]
+    assert experts_read(config, 1) == 4
+    for rows in (2, 4):  # a block holds them all
+        assert experts_read(config, rows) == pytest.approx(32 * (1 - (28 / 32) ** rows))
+    assert experts_read(MODELS["120b"], 3) == 12
+    assert 32 * (1 - (28 / 32) ** 16) < experts_read(config, 16) < 64
 
 
 def test_the_same_count_of_mlx_lm() -> None:

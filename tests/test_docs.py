@@ -155,6 +155,15 @@ def figures() -> Iterator[str]:
     yield f"| {min(agree)} of {len(next(iter(tries)))} |"
     together = record("batch_linux.json")["results"]["demo"]["8"]["wall_s"]["over_one"]["median"]
     yield f"over those of one | {together:.1f} |"
+    step = record("decode_card_20b_q8.json")["steps_of_turns"]["8"]
+    kernels, megabytes = step["kernels_per_step"], step["bytes_per_token"]["1024"] / 1e6
+    yield f"| {kernels}, {step['dependent_dispatches']}, {megabytes:,.0f} |"
+    [experts] = [
+        line["mb"]
+        for line in record("batch_card.json")["rows"]
+        if (line["model"], line["operation"], line["rows"]) == ("20b", "experts", 8)
+    ]
+    yield f"| {experts['grouped']:.0f}, {experts['rows']:.0f} | MLX's kernel: {experts['mlx']:.0f} "
     [demo] = [
         result["decode_tok_per_s"]["median"]
         for result in record("intel-xeon_24g_demo.json")["results"]
