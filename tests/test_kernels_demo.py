@@ -1,6 +1,6 @@
 """The demo model generates with every kernel emulated, token for token what plain MLX generates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -108,9 +108,7 @@ def test_a_conversation_is_token_identical(demo: Model, trained_ids: np.ndarray)
 
     The other 199,424 rows are one row again and again; emulating them takes a second a token.
     """
-    model = cut(demo, mx.array(trained_ids))
-    place = {int(token): row for row, token in enumerate(trained_ids)}
-    tokens = [place[token] for token in prompt()]
+    model, tokens = of_trained_rows(demo, trained_ids, prompt())
     assert len(tokens) + TOKENS > ROWS + demo.config.sliding_window // 2
     found, kernels = by_kernels(model, tokens, TOKENS)
     assert found == by_mlx(model, tokens, TOKENS)
@@ -122,9 +120,7 @@ def test_a_conversation_is_token_identical(demo: Model, trained_ids: np.ndarray)
 
 
 def test_filtered_draws_are_token_identical(demo: Model, trained_ids: np.ndarray) -> None:
-    model = cut(demo, mx.array(trained_ids))
-    place = {int(token): row for row, token in enumerate(trained_ids)}
-    tokens = [place[token] for token in prompt()]
+    model, tokens = of_trained_rows(demo, trained_ids, prompt())
     params = SamplingParams(temperature=40, top_k=9, seed=8)
     found, kernels = by_kernels(model, tokens, 12, params)
     assert found == by_mlx(model, tokens, 12, params)
@@ -143,9 +139,9 @@ def test_a_guided_turn_beside_a_free_one(demo: Model, trained_ids: np.ndarray) -
     }
     answers = ResponseFormat(name="x", schema=schema)
     rules = TurnRules(answers=answers, calls={}, must_call=False)
-    place = {int(token): row for row, token in enumerate(trained_ids)}
     asked = read_conversation("What is the capital of France?", date="2026-01-01", reasoning="low")
-    tokens = [place[token] for token in prepare_prompt(asked.messages).tokens]
+    question = [*prepare_prompt(asked.messages).tokens, int(Special.RETURN)]
+    model, (*tokens, end) = of_trained_rows(demo, trained_ids, question)
 
     class Cut:
         """The guide of a turn, of the rows of the vocabulary that are there."""
@@ -161,13 +157,12 @@ def test_a_guided_turn_beside_a_free_one(demo: Model, trained_ids: np.ndarray) -
             self._guide.accept(int(trained_ids[token]))
 
     def turns(engine: Engine) -> list[Generation]:
-        options = {"stop": [place[int(Special.RETURN)]], "max_tokens": 30}
+        options = {"stop": [end], "max_tokens": 30}
         return [
             engine.generate(tokens, sampling=SamplingParams(seed=4), guide=Cut(), **options),
             engine.generate(tokens[2:], sampling=SamplingParams(top_p=0.95, seed=5), **options),
         ]
 
-    model = cut(demo, mx.array(trained_ids))
     alone = [list(turn) for turn in turns(Engine(model))]
     model.kernels = all_kernels()
     taken: list[list[int]] = [[], []]
@@ -191,13 +186,16 @@ def used(launched: list[str]) -> set[str]:
     return {max((s for s in KERNELS if f"gptoss_{s}_" in name), key=len) for name in launched}
 
 
-def cut(demo: Model, rows: mx.array) -> Model:
-    """The demo with some rows of its vocabulary."""
-    model = copy(demo)
+def of_trained_rows(
+    demo: Model, trained_ids: np.ndarray, tokens: Sequence[int]
+) -> tuple[Model, list[int]]:
+    """The demo with the rows of its vocabulary that were trained, and what rows tokens are."""
+    model, rows = copy(demo), mx.array(trained_ids)
     model.embedding = replace(demo.embedding, weight=demo.embedding.weight[rows])
     model.unembedding = replace(demo.unembedding, weight=demo.unembedding.weight[rows])
     model.config = replace(demo.config, vocab_size=rows.size)
-    return model
+    place = {int(token): row for row, token in enumerate(trained_ids)}
+    return model, [place[token] for token in tokens]
 
 
 def as_on_metal(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,18 +205,12 @@ def as_on_metal(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "on_cpu", lambda: False)
 
 
-def long_prompt(model: Model, trained_ids: np.ndarray) -> tuple[Model, list[int]]:
-    """The demo with the rows of its vocabulary that were trained, and 260 tokens of them."""
-    place = {int(token): row for row, token in enumerate(trained_ids)}
-    return cut(model, mx.array(trained_ids)), [place[token] for token in prompt() * 20][:260]
-
-
 @pytest.mark.parametrize("chunks", [[200], [70, 1, 129]], ids=str)
 def test_a_prompt_is_the_same(
     demo: Model, trained_ids: np.ndarray, chunks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks on both sides of the window."""
-    model, tokens = long_prompt(demo, trained_ids)
+    model, tokens = of_trained_rows(demo, trained_ids, (prompt() * 20)[:260])
     want = model.next_logits(mx.array([tokens[: sum(chunks)]]))
     as_on_metal(model, monkeypatch)
     cache, parts = model.make_cache(), np.split(tokens, np.cumsum(chunks))
@@ -236,7 +228,7 @@ def test_a_prompt_without_a_kernel_is_the_same(
     demo: Model, trained_ids: np.ndarray, stem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each may fall back to its definition, on Metal, too; the others still run."""
-    model, tokens = long_prompt(demo, trained_ids)
+    model, tokens = of_trained_rows(demo, trained_ids, (prompt() * 3)[:45])
     want = model.next_logits(mx.array([tokens[:45]]))
     as_on_metal(model, monkeypatch)
     left_out = {stem} & PROMPT_KERNELS or set(KERNELS)
@@ -253,7 +245,7 @@ def test_a_padded_prompt_is_the_same(
     demo: Model, trained_ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows, of which one begins 37 tokens later than the other."""
-    model, tokens = long_prompt(demo, trained_ids)
+    model, tokens = of_trained_rows(demo, trained_ids, (prompt() * 20)[:260])
     rows = mx.array([tokens[:150], [0] * 37 + tokens[90:203]])
     want = mx.concatenate(
         [model.next_logits(mx.array([t])) for t in (tokens[:150], tokens[90:203])]

@@ -75,9 +75,8 @@ OF_EXPERTS = [s for s in KERNELS if s.startswith(("expert", "route")) or s.endsw
 def test_experts_of_the_published_models(stem: str, model: str) -> None:
     """32 and 128 experts are constants of what is compiled; here of few rows each."""
     kernel, sizes = KERNELS[stem], cut_sizes(stem, sizes_of(MODELS[model]))
-    most = (
-        MOST_EXCESS if stem.startswith("route") else 1
-    )  # its definition adds 2880 products in one float32
+    # a router's definition adds 2880 products in one float32
+    most = MOST_EXCESS if stem.startswith("route") else 1
     for asked in trials(stem, sizes):
         found = compare(kernel, kernel.case(Inputs(asked, dtype=mx.bfloat16)))
         assert max(found) <= most, (asked, found)

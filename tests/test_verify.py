@@ -260,7 +260,7 @@ def metal(monkeypatch):
 
 def test_kernels_with_these_weights(converted, metal, monkeypatch):
     """All of them agree; one made wrong on purpose does not, and is named."""
-    model = load_model(converted)
+    model = load_model(converted, kernels="off")
     check = verify._kernels(model)
     assert check.outcome is Outcome.PASSED, check.detail
     right = KERNELS["experts_swiglu"]
@@ -279,7 +279,7 @@ def test_kernels_with_these_weights(converted, metal, monkeypatch):
 
 def test_the_whole_model_by_its_kernels(converted, metal, monkeypatch):
     """A prompt in chunks past the window and decoded tokens; and one kernel wrong on purpose."""
-    model = load_model(converted)
+    model = load_model(converted, kernels="off")
     monkeypatch.setattr(verify, "STEPS", 5)
     mx.disable_compile()  # emulated kernels run when they are called, which a trace is not
     try:
@@ -304,7 +304,7 @@ def test_the_whole_model_by_its_kernels(converted, metal, monkeypatch):
 
 def test_kernels_get_these_weights(converted, metal, monkeypatch):
     """A kernel that is right for random weights and wrong for the user's is found."""
-    model, right = load_model(converted), KERNELS["out_residual"]
+    model, right = load_model(converted, kernels="off"), KERNELS["out_residual"]
     theirs = model.layers[1][0].out.weight
 
     def launch(x, matrix, residual):
@@ -316,13 +316,27 @@ def test_kernels_get_these_weights(converted, metal, monkeypatch):
     assert "differs by" in kernel_fault("out_residual", model, layer=1)
 
 
+def test_a_kernel_that_is_wrong_for_some_batches(converted, metal, monkeypatch):
+    """Five rows, with these weights, in the last layer alone."""
+    model, right = load_model(converted, kernels="off"), KERNELS["route"]
+    theirs = model.layers[-1][1].router.weight
+
+    def launch(x, router, **rest):
+        y, logits = right.launch(x=x, router=router, **rest)
+        return y, -logits if x.shape[0] == 5 and router.weight is theirs else logits
+
+    monkeypatch.setitem(KERNELS, "route", dataclasses.replace(right, launch=launch))
+    assert kernel_fault("route", model, layer=0) == ""
+    assert "differs by" in kernel_fault("route", model, layer=len(model.layers) - 1)
+
+
 def test_a_kernel_that_raises(converted, metal, monkeypatch):
     def launch(**arguments):
         raise RuntimeError("program_source:7: error\nmore")
 
     wrong = dataclasses.replace(KERNELS["route"], launch=launch)
     monkeypatch.setitem(KERNELS, "route", wrong)
-    fault = kernel_fault("route", load_model(converted), layer=0)
+    fault = kernel_fault("route", load_model(converted, kernels="off"), layer=0)
     assert fault == "failed: program_source:7: error"
 
 

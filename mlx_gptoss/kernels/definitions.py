@@ -18,6 +18,8 @@ from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.rope import RopeTable
 from mlx_gptoss.sampling import SamplingRows, gumbel, sample, unpacked
 
+out_residual = reference.out_residual
+
 
 def embed(token: mx.array, matrix: Matrix, *, width: int, dtype: mx.Dtype) -> mx.array:
     """See `kernels.embed`."""
@@ -114,11 +116,6 @@ def attention_window(
     )
     visible = seen[:, None, None, None]
     return reference.attention(q[:, :, None], [ring, append], visible, sinks, scale=scale)[:, 0]
-
-
-def out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
-    """See `kernels.out_residual`."""
-    return reference.out_residual(x, matrix, residual)
 
 
 def route(x: mx.array, norm: mx.array, router: Matrix, *, eps: float) -> tuple[mx.array, mx.array]:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_gptoss.kernels.launch import FLOATS, expect, launch, number, require
-from mlx_gptoss.kernels.matrix import expert_inputs, simdgroups
+from mlx_gptoss.kernels.matrix import expert_inputs, gate_and_up, simdgroups
 from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.reference import Dispatch
 
@@ -35,15 +35,11 @@ def experts_swiglu(
         (B, K, H) in the type of x, the largest logit's expert first.
     """
     stem = "experts_swiglu"
-    batch, width = x.shape
-    experts, hidden = gate.weight.shape[:2]
-    expect(stem, "x", x, (batch, width), *FLOATS)
+    inputs = {"x": x, "logits": logits} | gate_and_up(stem, x, gate, up)
+    (batch, width), (experts, hidden) = x.shape, gate.weight.shape[:2]
     expect(stem, "logits", logits, (batch, experts), mx.float32)
     require(stem, 0 < chosen <= experts, "chosen", f"1 to {experts}", chosen)
     groups = simdgroups(width)
-    inputs = {"x": x, "logits": logits}
-    inputs |= expert_inputs(stem, "gate", gate, (experts, hidden, width))
-    inputs |= expert_inputs(stem, "up", up, (experts, hidden, width))
     body = (
         f"threadgroup float sums[{32 * groups}];\n"
         f"experts_swiglu<{width}, {hidden}, {experts}, {chosen}>({', '.join(inputs)}, h, sums, "

@@ -8,7 +8,7 @@ dispatches a layer more than without groups; which batches gain from it is in `b
 import mlx.core as mx
 
 from mlx_gptoss.kernels.launch import FLOATS, expect, launch, number, require
-from mlx_gptoss.kernels.matrix import expert_inputs, simdgroups
+from mlx_gptoss.kernels.matrix import expert_inputs, gate_and_up, simdgroups
 from mlx_gptoss.matrix import Matrix
 
 BLOCK = 4  # pairs of a block: two for each of two sets of simdgroups
@@ -85,15 +85,11 @@ def experts_swiglu_grouped(
         (B, K, H) in the type of x.
     """
     stem = "experts_swiglu_grouped"
-    batch, width = x.shape
-    experts, hidden = gate.weight.shape[:2]
-    expect(stem, "x", x, (batch, width), *FLOATS)
+    inputs = {"x": x, "blocks": blocks} | gate_and_up(stem, x, gate, up)
+    (batch, width), (experts, hidden) = x.shape, gate.weight.shape[:2]
     most = most_blocks(batch * chosen, experts)
     expect(stem, "blocks", blocks, (most, COLUMNS), mx.int32)
     groups = simdgroups(width)
-    inputs = {"x": x, "blocks": blocks}
-    inputs |= expert_inputs(stem, "gate", gate, (experts, hidden, width))
-    inputs |= expert_inputs(stem, "up", up, (experts, hidden, width))
     body = (
         f"threadgroup float sums[{BLOCK * 32 * groups}];\n"
         f"experts_swiglu_grouped<{width}, {hidden}, {chosen}>({', '.join(inputs)}, h, sums, "

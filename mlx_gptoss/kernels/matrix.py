@@ -129,3 +129,11 @@ def expert_inputs(
     expect(stem, f"{name} scales", matrix.scales, (experts, rows, columns // MXFP4_BLOCK), mx.uint8)
     expect(stem, f"{name} bias", matrix.bias, (experts, rows), *FLOATS)
     return {f"{name}_w": matrix.weight, f"{name}_s": matrix.scales, f"{name}_b": matrix.bias}
+
+
+def gate_and_up(stem: str, x: mx.array, gate: Matrix, up: Matrix) -> dict[str, mx.array]:
+    """The arrays of gate and up (E, H, D), checked, as is x (B, D), which they multiply."""
+    batch, width = x.shape
+    expect(stem, "x", x, (batch, width), *FLOATS)
+    shape = (*gate.weight.shape[:2], width)
+    return expert_inputs(stem, "gate", gate, shape) | expert_inputs(stem, "up", up, shape)

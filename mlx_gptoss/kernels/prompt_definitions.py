@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_gptoss import reference, rope
-from mlx_gptoss.kernels.projections import Segment
-from mlx_gptoss.matrix import Matrix, fused
-from mlx_gptoss.ring import extend_ring as plain_extend_ring
+from mlx_gptoss import reference, ring, rope
+from mlx_gptoss.matrix import fused
+
+attention_window_prefill = reference.attention_window_prefill
+expert_dispatch = reference.expert_dispatch
+extend_ring = ring.extend_ring
+route_prefill = reference.route
 
 _rotate = fused(rope.rotate)
 
@@ -39,39 +42,6 @@ def qkv_rope(
     q, k = _rotate(q, cos[:, :, late:], sin[:, :, late:]), _rotate(k, cos, sin)
     dtype = products[0].dtype
     return q.astype(dtype), k.astype(dtype), v.astype(dtype)
-
-
-def extend_ring(ring: Segment, new: Segment, *, offset: int) -> tuple[Segment, Segment]:
-    """See `kernels.extend_ring`."""
-    return plain_extend_ring(ring, new, offset=offset)
-
-
-def attention_window_prefill(
-    q: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    sinks: mx.array,
-    *,
-    scale: float,
-    offset: int,
-    start: mx.array | None,
-) -> mx.array:
-    """See `kernels.attention_window_prefill`."""
-    return reference.attention_window_prefill(
-        q, keys, values, sinks, scale=scale, offset=offset, start=start
-    )
-
-
-def route_prefill(
-    x: mx.array, norm: mx.array, router: Matrix, *, chosen: int, eps: float
-) -> tuple[mx.array, mx.array, mx.array]:
-    """See `kernels.route_prefill`."""
-    return reference.route(x, norm, router, chosen=chosen, eps=eps)
-
-
-def expert_dispatch(experts: mx.array, *, count: int) -> reference.Dispatch:
-    """See `kernels.expert_dispatch`."""
-    return reference.expert_dispatch(experts, count=count)
 
 
 def swiglu_pairs(
