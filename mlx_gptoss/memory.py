@@ -43,8 +43,8 @@ class Memory:
                 f"this machine lets {limit_bytes / GIB:.2f} GiB be used; see `mlx-gptoss plan`"
             )
 
-    def grant(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """The context to reserve for a turn, in tokens.
+    def grant(self, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int]:
+        """The context to reserve for a turn, and the most tokens of its answer.
 
         Args:
             prompt_tokens: Of the prompt.
@@ -63,7 +63,9 @@ class Memory:
                 f"used, enough for {self.longest} tokens in all; lower max_tokens or shorten the "
                 "conversation"
             )
-        return self.longest if max_tokens is None else wanted
+        if max_tokens is None:
+            return self.longest, max(1, self.longest - prompt_tokens)
+        return wanted, max_tokens
 
     def free_bytes(self, contexts: list[int]) -> int:
         """What is left beside turns that reserved these contexts; negative if they do not fit."""

@@ -167,7 +167,7 @@ class PrefixCache:
             slot = self._loaded(tokens, found)
             if slot.cache.offset == head:
                 slot.ledger.save(Rings.of(slot.cache))
-                self.share(slot)
+                self._share(slot)
         elif idle:
             slot, start = idle
             self._idle.remove(slot)
@@ -190,7 +190,13 @@ class PrefixCache:
         had = idle[1].length if idle else 0
         return max(shared.length, had if had > head else had - 1)
 
-    def share(self, slot: Slot) -> None:
+    def note(self, slot: Slot, prompt: Prompt, *, head: int) -> None:
+        """Note that more of a prompt was fed to a slot; others may go on from its instructions."""
+        slot.note(prompt.tokens)
+        if slot.cache.offset == head:
+            self._share(slot)
+
+    def _share(self, slot: Slot) -> None:
         """Keep a copy of everything a slot holds for other conversations."""
         snapshot, tokens = _compact(slot.cache), slot.ledger.tokens
         nbytes = sum(a.nbytes for layer in snapshot.layers for a in _arrays(layer))

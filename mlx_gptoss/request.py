@@ -67,9 +67,7 @@ class Request:
         prompt = prepare_prompt(conversation.messages, options=rendering)
         context = len(prompt.tokens)
         if admission is not None:
-            context = admission.grant(context, max_tokens)
-            if max_tokens is None:
-                max_tokens = max(context - len(prompt.tokens), 1)
+            context, max_tokens = admission.grant(context, max_tokens)
         task = Task(
             prompt=prompt,
             head=prompt.ends[conversation.head - 1],

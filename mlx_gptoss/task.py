@@ -89,8 +89,6 @@ class Running:
 
 
 def _note_chunk(task: Task, slot: Slot, prefixes: PrefixCache, done: int, total: int) -> None:
-    slot.note(task.prompt.tokens)
-    if slot.cache.offset == task.head:
-        prefixes.share(slot)
+    prefixes.note(slot, task.prompt, head=task.head)
     if task.on_prefill is not None:
         task.on_prefill(done, total)

@@ -46,9 +46,7 @@ def hold_turn(
         if piece := tokens[slot.cache.offset : mark]:
             model.hidden(mx.array([piece]), slot.cache)
             mx.eval(slot.cache.arrays)
-            slot.note(tokens)
-            if mark == HEAD:
-                prefixes.share(slot)
+            prefixes.note(slot, prompt_of(tokens), head=HEAD)
     for token in tokens[end:]:
         mx.eval(model.next_logits(mx.array([[token]]), slot.cache))
     slot.note(tokens)

@@ -105,11 +105,7 @@ def _granted(
     from mlx_gptoss.memory import memory_of
 
     memory = memory_of(folder, limit_bytes=None, embedding=embedding)
-    if memory is None:
-        return max_tokens
-    count = len(prompt.tokens)
-    context = memory.grant(count, max_tokens)
-    return max(1, context - count) if max_tokens is None else max_tokens
+    return max_tokens if memory is None else memory.grant(len(prompt.tokens), max_tokens)[1]
 
 
 def _load(folder: Path, embedding: "EmbeddingPlace") -> "tuple[Engine, float]":
@@ -166,9 +162,7 @@ def _turn(
     slot = prefixes.take(prompt, head=head, found=found)
 
     def on_prefill(done: int, total: int) -> None:
-        slot.note(prompt.tokens)
-        if slot.cache.offset == head:
-            prefixes.share(slot)
+        prefixes.note(slot, prompt, head=head)
         progress.share("reading the prompt", done, total)
 
     turn = Turn(
