@@ -83,11 +83,7 @@ METAL_FUNC void attention_window_prefill(
   if (state.row >= uint(GROUP) || token >= tokens) return;
   device T* to = y + (((ulong(tile.z) * tokens + token) * HKV + tile.y) * GROUP + state.row) * 64 + state.pair * 8;
   UNROLL for (int d = 0; d < 8; d += 2) {
-    vec<T, 4> four;
-    four.x = T(state.out[d].x / total);
-    four.y = T(state.out[d].y / total);
-    four.z = T(state.out[d + 1].x / total);
-    four.w = T(state.out[d + 1].y / total);
-    *(device vec<T, 4>*)(to + d / 4 * 32 + d % 4 * 2) = four;
+    const float2 a = state.out[d] / total, b = state.out[d + 1] / total;
+    store4(to + d / 4 * 32 + d % 4 * 2, a.x, a.y, b.x, b.y);
   }
 }

@@ -47,11 +47,6 @@ METAL_FUNC void route(
       const uint expert = tile.x * 4 + thread_id;
       logits[b * E + expert] = fma(total, scale, float(bias[expert]));
     }
-    if (tile.x == 0 && lane < uint(Split<D>::lanes)) {
-      UNROLL for (int i = 0; i < 32; i++) {
-        const uint column = (at + i / F::per_load * Split<D>::lanes) * F::per_load + i % F::per_load;
-        y[b * D + column] = T(vectors.values[r][i] * scale);
-      }
-    }
+    if (tile.x == 0 && lane < uint(Split<D>::lanes)) vectors.store(r, y + b * D, scale, at);
   }
 }
