@@ -48,6 +48,8 @@ WHITESPACE = r"[ \n\t]{0,24}"
 class Guide:
     """Says which token may come next; one for each turn.
 
+    It may be made in one thread and asked in another, but not by two at once.
+
     Args:
         rules: How the turn may end.
 
