@@ -28,6 +28,7 @@ from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.dispatches import Counted
+from mlx_gptoss.errors import MachineError
 from mlx_gptoss.fitting import require
 from mlx_gptoss.library import kernel_record
 from mlx_gptoss.machine import Machine, read_thermal_pressure
@@ -87,7 +88,13 @@ def bench(
     """
     checkpoint, load = open_checkpoint(folder), os.getloadavg()[0]
     cases = [Case(depth, batch) for depth, batch in product(depths, batches)]
+    longest = checkpoint.config.max_position_embeddings - answer
     for case in cases:
+        if case.depth > longest:
+            raise MachineError(
+                f"depth {case.depth}: expected at most {longest}, so that an answer of {answer} "
+                f"tokens has room in the context of {longest + answer}; lower --depths or --answer"
+            )
         plan = MemoryPlan(
             config=checkpoint.config,
             packing=checkpoint.quantization,

@@ -57,6 +57,33 @@ def test_no_color_is_honoured_on_a_terminal() -> None:
     assert (code, shown) == (0, "Two and two.\n\nFour, naïvely: 4.\n")
 
 
+def test_a_dumb_terminal_gets_no_codes_and_whole_lines() -> None:
+    """Those within editors show codes as text, and a line that is taken back twice."""
+    code, shown = on_terminal("answered", "generate", "--quiet", "Hi", env={"TERM": "dumb"})
+    assert (code, shown) == (0, "Two and two.\n\nFour, naïvely: 4.\n")
+    code = "from mlx_gptoss.cli.console import Progress; p = Progress(); p.bytes('p', 1, 2)"
+    parent, child = pty.openpty()
+    env = {**os.environ, "TERM": "dumb"}
+    subprocess.run([sys.executable, "-c", code], stderr=child, check=True, cwd=ROOT, env=env)
+    os.close(child)
+    assert os.read(parent, 999) == b"p: 1 bytes of 2 bytes\r\n"
+    os.close(parent)
+
+
+def test_ctrl_c_before_the_command_line_is_there() -> None:
+    """A traceback of what was being imported."""
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from mlx_gptoss.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_a_terminal_is_not_steered_by_the_model() -> None:
     code, shown = on_terminal("steering", "generate", "--quiet", "Hi")
     assert (code, shown) == (0, "a\ufffd[31mb\ufffd\ufffdc\n\td\n")

@@ -15,7 +15,7 @@ import click
 from mlx_gptoss._version import __version__
 from mlx_gptoss.cli.bench import bench
 from mlx_gptoss.cli.chat import chat
-from mlx_gptoss.cli.console import failure, note
+from mlx_gptoss.cli.console import failure, is_dumb, note
 from mlx_gptoss.cli.convert import convert
 from mlx_gptoss.cli.doctor import doctor
 from mlx_gptoss.cli.download import download
@@ -38,7 +38,7 @@ class _Group(click.Group):
         **extra: Any,
     ) -> Any:
         _occupy_standard_streams()
-        if os.environ.get("NO_COLOR"):  # click itself does not look at it
+        if os.environ.get("NO_COLOR") or is_dumb():  # click itself looks at neither
             extra["color"] = False
         if not standalone_mode:
             return super().main(args, prog_name, *rest, standalone_mode=False, **extra)

@@ -15,6 +15,11 @@ def is_terminal(stream: IO[str] | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def is_dumb() -> bool:
+    """Whether the terminal takes no codes and rewrites no lines, as those within editors."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def note(text: str, *, quiet: bool = False) -> None:
     """Tell the user something beside the answer."""
     if not quiet:
@@ -50,8 +55,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """One line on stderr that says how far something is; plain lines where nobody watches.
 
-    On a terminal the line is rewritten ten times a second; elsewhere a line appears at each tenth
-    of the way.
+    On a terminal the line is rewritten ten times a second; elsewhere, and on one that cannot, a
+    line appears at each tenth of the way.
 
     Args:
         quiet: Show nothing.
@@ -59,7 +64,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._live = is_terminal(sys.stderr)
+        self._live = is_terminal(sys.stderr) and not is_dumb()
         self._phase = ""
         self._began = self._told = 0.0
         self._first = 0
