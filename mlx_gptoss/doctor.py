@@ -245,7 +245,8 @@ def _kernels() -> Iterator[Finding]:
         expert_input_bound=0,
         record=kernel_record(),
     )
-    yield Finding(name="kernels", value=f"{len(chosen.used)} of {len(chosen.functions)} are used")
+    used = f"{len(chosen.used)} of {len(chosen.functions)} are used"
+    yield Finding(name="kernels", value=f"{used}: {', '.join(chosen.used)}")
     for stem, reason in chosen.fallbacks.items():
         yield Finding(
             name="kernels",

@@ -16,7 +16,7 @@ from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.kernels import selection
 from mlx_gptoss.kernels.agreement import MOST_EXCESS, compare
 from mlx_gptoss.kernels.attention import splits_for
-from mlx_gptoss.kernels.inputs import Inputs, Sizes, Weights
+from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes, Weights
 from mlx_gptoss.kernels.matrix import RowBlocks, row_blocks
 from mlx_gptoss.kernels.registry import END, KERNELS
 from mlx_gptoss.kernels.selection import checked, disagreement, sizes_of
@@ -119,7 +119,10 @@ def test_each_packing_of_a_layer_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     assert "differs" in check(layers=layers, record=None)["route"]
 
 
-def test_both_ends_of_a_long_vocabulary_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dense", ["plain", "q4"])
+def test_both_ends_of_a_long_vocabulary_are_compared(
+    dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits of the last ids too, although the definition has none of those between."""
     monkeypatch.setitem(ASKED, "unembed", [{"batch": 2}])
     kernel, sizes = KERNELS["unembed"], replace(Sizes(), vocab=4 * END)
@@ -129,13 +132,31 @@ def test_both_ends_of_a_long_vocabulary_are_compared(monkeypatch: pytest.MonkeyP
             logits, best = kernel.launch(**given)
             return logits + amount, best
 
-        sources = [partial(Inputs, dtype=mx.float32)]
+        sources = [partial(Inputs, dtype=mx.float32, dense=dense)]
         return disagreement(replace(kernel, launch=launch), sizes, sources=sources)
 
     ids = mx.arange(sizes.vocab)
     assert off_by(mx.zeros_like(ids)) == ""
     assert "differs" in off_by(ids == 5)
     assert "differs" in off_by(ids == sizes.vocab - 1)
+
+
+def test_a_near_tie_is_no_fault() -> None:
+    """One choice that falls otherwise, with some numbers, is rounding; with all, it is a fault."""
+    kernel, sources = KERNELS["embed"], [partial(Inputs, dtype=mx.float32)]
+    off, calls = [1.0], []
+
+    def launch(**given: Any) -> mx.array:
+        calls.append(off[0])
+        return kernel.launch(**given) + (off.pop() if len(off) > 1 else off[0])
+
+    changed = replace(kernel, launch=launch)
+    assert "differs" in disagreement(changed, Sizes(), sources=sources)
+    asked = len(trials("embed", Sizes()))
+    assert len(calls) == 2 * asked
+    off[:] = [0.0, 1.0]
+    assert disagreement(changed, Sizes(), sources=sources) == ""
+    assert len(calls) == 4 * asked
 
 
 def test_the_outcome_with_own_weights_counts_for_more(
