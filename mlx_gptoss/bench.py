@@ -31,7 +31,7 @@ from mlx_gptoss.dispatches import Counted
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.fitting import require
 from mlx_gptoss.library import kernel_record
-from mlx_gptoss.machine import Machine, read_thermal_pressure
+from mlx_gptoss.machine import Machine, read_memory_pressure, read_thermal_pressure
 from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.plan import MemoryPlan, scratch_here
 from mlx_gptoss.roofline import limit_tok_per_s
@@ -104,7 +104,7 @@ def bench(
             scratch=scratch_here(),
         )
         _check_memory(plan, case, compare=compare, machine=machine)
-    began = time.perf_counter()
+    pressure, began = read_memory_pressure(), time.perf_counter()
     model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
     load_s = time.perf_counter() - began
     runners: list[Runner] = [OurRunner(model)]
@@ -124,6 +124,7 @@ def bench(
         "meanwhile": {
             "load_average": [load, os.getloadavg()[0]],
             "thermal_pressure_after": read_thermal_pressure(),
+            "memory_pressure": [pressure, read_memory_pressure()],
         },
         "software": _software(model, compare),
         "model": _model(name, checkpoint),

@@ -124,7 +124,7 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def machine_line(record: Mapping[str, Any]) -> str:
-    """Chip, cores, memory, system, power, heat and load, as far as they could be read."""
+    """Chip, cores, memory, system, power, heat, pressure and load, as far as they are known."""
     machine, meanwhile = record["machine"], record["meanwhile"]
     cores = [f"{machine[f'{kind}_cores'] or '?'} {kind.upper()} cores" for kind in ("cpu", "gpu")]
     parts = [machine["cpu"] or machine["architecture"], cores[0]]
@@ -132,11 +132,13 @@ def machine_line(record: Mapping[str, Any]) -> str:
     for name, size in (("", "memory_bytes"), ("wired limit ", "wired_limit_bytes")):
         parts += [f"{name}{machine[size] / 2**30:.0f} GB"] if machine[size] else []
     heat = [machine["thermal_pressure"], meanwhile["thermal_pressure_after"]]
+    pressure = [level for level in meanwhile.get("memory_pressure", ()) if level]
     parts += [
         f"{machine['system']} {machine['os_version']}",
         machine["power_source"] or "power ?",
         *(["low-power mode"] if machine["low_power_mode"] else []),
         "heat " + " to ".join(dict.fromkeys(level or "?" for level in heat)),
+        *(["memory pressure " + " to ".join(dict.fromkeys(pressure))] if pressure else []),
         "load " + " to ".join(f"{load:.1f}" for load in meanwhile["load_average"]),
     ]
     return ", ".join(parts)

@@ -22,6 +22,7 @@ from mlx_gptoss.errors import MachineError
 Run = Callable[[tuple[str, ...]], str | None]
 
 MIB = 2**20
+MEMORY_LEVELS = {1: "normal", 2: "warning", 4: "critical"}  # as of DISPATCH_MEMORYPRESSURE_*
 THERMAL_LEVELS = dict(enumerate(("nominal", "moderate", "heavy", "trapping", "sleeping")))
 TIMEOUT_S = 15  # system_profiler needs a few seconds on a cold machine
 
@@ -111,6 +112,13 @@ def read_thermal_pressure(run: Run | None = None) -> str | None:
         if "warning level" in line and "has been recorded" not in line
     ]
     return warnings[0] if warnings else "nominal"
+
+
+def read_memory_pressure(run: Run | None = None) -> str | None:
+    """How short of memory a Mac is, in the kernel's own words; at "warning" it begins to swap."""
+    run = run or run_command
+    level = _integer(run(("sysctl", "-n", "kern.memorystatus_vm_pressure_level")))
+    return None if level is None else MEMORY_LEVELS.get(level, f"level {level}")
 
 
 def run_command(command: tuple[str, ...]) -> str | None:

@@ -368,6 +368,24 @@ def test_the_command(converted, tmp_path, monkeypatch):
     assert len(json.loads(CliRunner().invoke(main, both).stdout)["unlike"]) == 2
 
 
+def test_what_slows_a_mac_is_said_and_recorded(converted, monkeypatch):
+    """Battery, low-power mode and swap: before the measurement, and in its record."""
+    on_battery = dataclasses.replace(M4_PRO, power_source="Battery Power")
+    monkeypatch.setattr(machine, "read_machine", lambda: on_battery)
+    levels = itertools.chain(["warning"], itertools.repeat("critical"))
+    monkeypatch.setattr(machine, "read_memory_pressure", lambda: next(levels))
+    monkeypatch.setattr(benchmark, "read_memory_pressure", lambda: next(levels))
+    few = ["--depths", "4", "--answer", "2", "--repeats", "1", "--format", "json"]
+    result = CliRunner().invoke(main, ["bench", str(converted), *few])
+    assert result.stderr.splitlines() == [
+        "On battery or in low-power mode: this is slower than the machine.",
+        "Memory is short here: close other apps, or what is measured is swap.",
+    ]
+    found = json.loads(result.stdout)
+    assert found["meanwhile"]["memory_pressure"] == ["critical", "critical"]
+    assert ", heat heavy to ?, memory pressure critical, load " in as_markdown(found)
+
+
 def test_mistakes_are_found_before_anything_is_measured(converted, tmp_path, monkeypatch):
     """A folder that cannot be written cost the record, a missing mlx-lm the wait."""
     monkeypatch.setattr(benchmark, "bench", lambda *_, **__: pytest.fail("measured"))

@@ -114,6 +114,22 @@ def test_thermal_pressure_as_thermald_publishes_it(on_a_mac, output, pressure):
     assert machine.read_machine({**M4_PRO, level: output}.get).thermal_pressure == pressure
 
 
+@pytest.mark.parametrize(
+    "output, pressure",
+    [
+        ("1\n", "normal"),
+        ("2\n", "warning"),
+        ("4\n", "critical"),
+        ("3\n", "level 3"),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_memory_pressure(output, pressure):
+    level = ("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
+    assert machine.read_memory_pressure({level: output}.get) == pressure
+
+
 @pytest.mark.parametrize("mode, low", [("0", False), ("1", True), ("2", False)])
 def test_power_modes_of_newer_machines(on_a_mac, mode, low):
     outputs = {**M4_PRO, ("pmset", "-g"): f"Currently in use:\n powermode            {mode}\n"}

@@ -107,7 +107,7 @@ def run(
     from mlx_gptoss import bench_text
     from mlx_gptoss.errors import BenchmarkError
     from mlx_gptoss.library import find_model
-    from mlx_gptoss.machine import read_machine
+    from mlx_gptoss.machine import read_machine, read_memory_pressure
 
     if compare and embedding == "file":
         raise click.UsageError("--compare: mlx-lm needs the table in memory, not --embedding file")
@@ -119,6 +119,8 @@ def run(
         save.mkdir(parents=True, exist_ok=True)
     if machine.power_source == "Battery Power" or machine.low_power_mode:
         note("On battery or in low-power mode: this is slower than the machine.", quiet=quiet)
+    if read_memory_pressure() not in (None, "normal"):
+        note("Memory is short here: close other apps, or what is measured is swap.", quiet=quiet)
     record = benchmark.bench(
         model,
         folder,
