@@ -3,7 +3,8 @@
 // 8 heads are the 8 rows of a simdgroup matrix. In MLX's documented lane map, lane l holds row r and columns 2j, 2j + 1.
 // Scores are computed as keys x heads, so lane (r, j) reads 16 dims of key r: 8j..8j+7 and 32+8j..32+8j+7, two whole
 // 16-byte loads. Column c of the d-th matrix therefore stands for dim(d, c) = d/4*32 + c/2*8 + d%4*2 + c%2: the
-// contraction may run in any order as long as Q is read in the same one, and the output is stored back through it.
+// contraction may run in any order as long as Q is read in the same one. Sums are dims x heads, so that the weights are
+// used as they come: of V, lane (r, j) reads dims 8r..8r+7 of keys 2j and 2j + 1, and row r of the d-th matrix is dim 8r+d.
 #pragma once
 #include <metal_simdgroup_matrix>
 #include "simd.h"
@@ -38,7 +39,7 @@ constant constexpr float NEVER = -1e30f;
 template <typename T, int GROUP>
 struct Attention {
   uint row, pair;      // of this lane
-  float2 q[8], out[8]; // q: dims x heads; out: heads x dims
+  float2 q[8], out[8]; // dims x heads
   float2 top, total;   // of heads 2 * pair, 2 * pair + 1; `total` still to be summed over lanes
 
   // `heads`: the GROUP queries of 64, `stride` apart. Heads above GROUP are zero: they are never stored.
@@ -46,7 +47,7 @@ struct Attention {
     row = ((lane >> 2) & 4) | ((lane >> 1) & 3);
     pair = ((lane >> 2) & 2) | (lane & 1);
     float x[16];
-    load_row(heads + ulong(min(row, uint(GROUP - 1))) * stride, x);
+    load_row(heads + ulong(min(row, uint(GROUP - 1))) * stride + 8 * pair, x);
     const float factor = row < GROUP ? scale : 0.0f;
     UNROLL for (int d = 0; d < 8; d++) {
       q[d] = transpose(float2(x[2 * d], x[2 * d + 1]) * factor, row, pair);
@@ -56,64 +57,54 @@ struct Attention {
     total = 0;
   }
 
-  // Keys 8i + row of the tile, i < 4: their K and V rows. A key that is not `seen` gets weight 0, but its rows are
-  // read, so they must be rows with numbers in them.
-  METAL_FUNC void tile(const thread uint* keys, const thread bool* seen, const device T* k, const device T* v) {
-    float2 scores[4];
-    float2 best = NEVER;
+  // The rows 0..31 of k and v. A key that is not `seen` gets weight 0, but a row is read for it, none above `end`: those
+  // below must be rows with numbers in them.
+  METAL_FUNC void tile(const thread bool* seen, uint end, const device T* k, const device T* v) {
+    float2 scores[4], best = top;
     UNROLL for (int i = 0; i < 4; i++) {
       float x[16];
-      load_row(k + keys[i] * 64, x);
+      load_row(k + min((8 * i + row) * 64 + 8 * pair, end * 64 + 8 * pair), x);
       scores[i] = score(x, seen[i]);
       best = max(best, scores[i]);
     }
     raise(best);
     UNROLL for (int i = 0; i < 4; i++) {
-      float x[16];
-      load_row(v + keys[i] * 64, x);
+      float x[2][8];
+      UNROLL for (int c = 0; c < 2; c++) load<8>(v + min((8 * i + 2 * pair + c) * 64 + 8 * row, end * 64 + 8 * row), x[c]);
       add(scores[i], x);
     }
   }
 
-  // This lane's 16 dims of a row of 64.
+  // Of a row of 64, this lane's 16 dims, which begin at `from`.
   METAL_FUNC void load_row(const device T* from, thread float* x) {
-    load<8>(from + 8 * pair, x);
-    load<8>(from + 32 + 8 * pair, x + 8);
+    load<8>(from, x);
+    load<8>(from + 32, x + 8);
   }
 
-  // Of 8 keys, whose rows the lanes hold in x.
+  // Of 8 keys, whose rows the lanes hold in x. Next to NEVER the products vanish.
   METAL_FUNC float2 score(const thread float* x, bool seen) {
-    float2 sum = 0;  // in an array element it would not stay in registers
+    float2 sum = seen ? 0.0f : NEVER;  // in an array element it would not stay in registers
     UNROLL for (int d = 0; d < 8; d++) sum = multiply_add(float2(x[2 * d], x[2 * d + 1]), q[d], sum);
-    return seen ? sum : float2(NEVER);
+    return sum;
   }
 
-  // Takes this lane's highest score before its keys are added. If the maximum stays at NEVER, unseen keys would count.
+  // Takes `top` or this lane's highest score, if that is higher, before its keys are added. If the maximum stays at
+  // NEVER, unseen keys would count.
   METAL_FUNC void raise(float2 best) {
     best = max(best, simd_shuffle_xor(best, ushort(2)));
     best = max(best, simd_shuffle_xor(best, ushort(4)));
     best = max(best, simd_shuffle_xor(best, ushort(16)));
-    const float2 highest = max(top, best), factor = metal::fast::exp2(top - highest);
-    if (simd_any(highest.x > top.x || highest.y > top.y)) {
-      const float scale = of_row(factor);
-      UNROLL for (int d = 0; d < 8; d++) out[d] *= scale;
-    }
-    top = highest;
+    const float2 factor = metal::fast::exp2(top - best);
+    UNROLL for (int d = 0; d < 8; d++) out[d] *= factor;
     total *= factor;
+    top = best;
   }
 
-  // Adds 8 keys: their scores, and in x the rows of their values.
-  METAL_FUNC void add(float2 scores, const thread float* x) {
-    const float2 p = metal::fast::exp2(scores - top);
-    total += p;
-    const float2 weights = transpose(p, row, pair);
-    UNROLL for (int d = 0; d < 8; d++) out[d] = multiply_add(weights, float2(x[2 * d], x[2 * d + 1]), out[d]);
-  }
-
-  // What lanes hold for heads 2 * pair, 2 * pair + 1, as this lane needs it for head `row`.
-  METAL_FUNC float of_row(float2 of_pair) {
-    const float2 both = simd_shuffle(of_pair, lane_of(0, row / 2));
-    return row % 2 ? both.y : both.x;
+  // Adds 8 keys: their scores, and in x the values of keys 2 * pair and 2 * pair + 1.
+  METAL_FUNC void add(float2 scores, const thread float (*x)[8]) {
+    const float2 weights = metal::fast::exp2(scores - top);
+    total += weights;
+    UNROLL for (int d = 0; d < 8; d++) out[d] = multiply_add(float2(x[0][d], x[1][d]), weights, out[d]);
   }
 
   METAL_FUNC void add_totals() {
@@ -126,9 +117,9 @@ struct Attention {
   METAL_FUNC void end(threadgroup float* sums, threadgroup float* ends) {
     add_totals();
     UNROLL for (int d = 0; d < 8; d++) {
-      const uint at = row * 64 + d / 4 * 32 + pair * 8 + d % 4 * 2;
+      const uint at = pair * 128 + row * 8 + d;
       sums[at] = out[d].x;
-      sums[at + 1] = out[d].y;
+      sums[at + 64] = out[d].y;
     }
     if (row == 0) {
       ends[4 * pair] = top.x;

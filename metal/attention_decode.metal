@@ -21,26 +21,22 @@ METAL_FUNC void attention_decode(
     const device T* append_v, const device C* control, device float* sums, device float* ends,
     threadgroup float* shared_sums, threadgroup float* shared_ends, float scale, uint capacity, uint splits, uint3 tile,
     uint thread_id, uint lane, uint group) {
-  const uint kv = tile.x, split = tile.y, b = tile.z;
+  const uint kv = tile.x, split = tile.y, b = tile.z, plane = b * HKV + kv;
   const uint base = min(uint(control[b * 8 + 1]), capacity), live = min(uint(control[b * 8 + 2]) + 1, uint(ROWS));
   const uint frozen_tiles = (base + 31) / 32, tiles = frozen_tiles + (live + 31) / 32;
   const uint first = tiles * split / splits, last = tiles * (split + 1) / splits;
+  const device T* k = frozen_k + ulong(plane) * capacity * 64;
+  const device T* v = frozen_v + ulong(plane) * capacity * 64;
+  append_k += plane * ROWS * 64;
+  append_v += plane * ROWS * 64;
   Attention<T, GROUP> state;
-  state.begin(q + (b * HKV + kv) * GROUP * 64, 64, scale, lane);
+  state.begin(q + plane * GROUP * 64, 64, scale, lane);
   for (uint t = first + group; t < last; t += SIMDS) {
     const bool is_append = t >= frozen_tiles;
-    const uint start = 32 * (is_append ? t - frozen_tiles : t), rows = is_append ? ROWS : capacity;
-    const uint valid = min(32u, (is_append ? live : base) - start);
-    const ulong at = (ulong(b * HKV + kv) * rows + start) * 64;
-    const device T* k = (is_append ? append_k : frozen_k) + at;
-    const device T* v = (is_append ? append_v : frozen_v) + at;
-    uint keys[4];
+    const uint start = 32 * (is_append ? t - frozen_tiles : t), end = (is_append ? live : base) - 1 - start;
     bool seen[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-      keys[i] = min(8 * i + state.row, valid - 1);  // never a row past the end: 0 * NaN is NaN
-      seen[i] = 8 * i + state.row < valid;
-    }
-    state.tile(keys, seen, k, v);
+    UNROLL for (int i = 0; i < 4; i++) seen[i] = 8 * i + state.row <= end;
+    state.tile(seen, end, (is_append ? append_k : k) + start * 64, (is_append ? append_v : v) + start * 64);
   }
   state.end(shared_sums + group * 512, shared_ends + group * 16);
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -27,21 +27,20 @@ METAL_FUNC void attention_window(
   const uint tiles = ring_tiles + slot / 32 + 1;
   for (uint t = group; t < tiles; t += SIMDS) {
     const bool is_append = t >= ring_tiles;
-    uint keys[4];
-    bool seen[4], any = false;
-    // an unseen key reads a row that is surely seen: the token itself, or the newest one in the ring
+    // The age of a row: how many came after it in its segment, those of the ring around its end. Rows that do not
+    // exist come out too old.
     const int newest = is_append ? slot : (base + WINDOW - 1) % WINDOW;
+    const uint wrap = is_append ? 0 : WINDOW, ages = is_append ? WINDOW : max(min(base, base - 1 - position + WINDOW), 0);
+    const uint first = 32 * (is_append ? t - ring_tiles : t), rows = is_append ? slot + 1 : min(base, WINDOW);
+    bool seen[4], any = false;
     UNROLL for (int i = 0; i < 4; i++) {
-      const int j = 32 * int(is_append ? t - ring_tiles : t) + 8 * i + int(state.row);
-      const int turn = base / WINDOW * WINDOW + j;  // a ring row holds the latest position before base
-      const int at = is_append ? base + j : turn < base ? turn : turn - WINDOW;
-      seen[i] = at >= 0 && at > position - WINDOW && (is_append ? j <= slot : true);
-      keys[i] = seen[i] ? j : newest;
+      const uint age = newest - (first + 8 * i + state.row);
+      seen[i] = min(age, age + wrap) < ages;
       any = any || seen[i];
     }
     if (!simd_any(any)) continue;
-    const uint start = (b * HKV + kv) * (is_append ? ROWS : WINDOW) * 64;
-    state.tile(keys, seen, (is_append ? append_k : ring_k) + start, (is_append ? append_v : ring_v) + start);
+    const uint start = ((b * HKV + kv) * (is_append ? ROWS : WINDOW) + first) * 64;
+    state.tile(seen, rows - 1 - first, (is_append ? append_k : ring_k) + start, (is_append ? append_v : ring_v) + start);
   }
   state.end(shared_sums + group * 512, shared_ends + group * 16);
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -22,12 +22,9 @@ template <typename T>
 struct Tiles {
   static constexpr constant uint each = 16 / sizeof(T), chunks = 64 / each, stride = chunks + 1;
 
-  // As Attention::load_row, out of a tile.
-  static METAL_FUNC void load_row(const threadgroup uint4* from, uint pair, thread float* x) {
-    UNROLL for (uint i = 0; i < 8 / each; i++) {
-      Packed<T>::unpack(from[pair * 8 / each + i], x + i * each);
-      Packed<T>::unpack(from[(32 + pair * 8) / each + i], x + 8 + i * each);
-    }
+  // 8 dims of a row, of which `chunk` holds the first.
+  static METAL_FUNC void load(const threadgroup uint4* chunk, thread float* x) {
+    UNROLL for (uint i = 0; i < 8 / each; i++) Packed<T>::unpack(chunk[i], x + i * each);
   }
 };
 
@@ -60,30 +57,34 @@ METAL_FUNC void attention_window_prefill(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int low = int(max(token + 1, begin) - start), high = int(token + WINDOW - start);  // rows that are seen
-    float2 scores[4], best = NEVER;
+    float2 scores[4], best = state.top;
     UNROLL for (int i = 0; i < 4; i++) {
       if (8 * i + 7 < low || 8 * i > high) continue;
       const int row = 8 * i + state.row;
       float x[16];
-      Rows::load_row(tiles + row * Rows::stride, state.pair, x);
-      scores[i] = state.score(x, row >= low && row <= high);
+      const threadgroup uint4* own = tiles + row * Rows::stride + state.pair * 8 / Rows::each;
+      Rows::load(own, x);
+      Rows::load(own + 32 / Rows::each, x + 8);
+      scores[i] = state.score(x, uint(row - low) <= uint(high - low));
       best = max(best, scores[i]);
     }
     state.raise(best);
     UNROLL for (int i = 0; i < 4; i++) {
       if (8 * i + 7 < low || 8 * i > high) continue;
-      float x[16];
-      Rows::load_row(other + (8 * i + state.row) * Rows::stride, state.pair, x);
+      float x[2][8];
+      UNROLL for (int c = 0; c < 2; c++)
+        Rows::load(other + (8 * i + 2 * state.pair + c) * Rows::stride + state.row * 8 / Rows::each, x[c]);
       state.add(scores[i], x);
     }
   }
 
   state.add_totals();
-  const float total = state.of_row(state.total);
-  if (state.row >= uint(GROUP) || token >= tokens) return;
-  device T* to = y + (((ulong(tile.z) * tokens + token) * HKV + tile.y) * GROUP + state.row) * 64 + state.pair * 8;
-  UNROLL for (int d = 0; d < 8; d += 2) {
-    const float2 a = state.out[d] / total, b = state.out[d + 1] / total;
-    store4(to + d / 4 * 32 + d % 4 * 2, a.x, a.y, b.x, b.y);
+  if (token >= tokens) return;
+  UNROLL for (uint c = 0; c < 2; c++) {
+    if (head + c >= uint(GROUP)) return;
+    device T* to = y + (((ulong(tile.z) * tokens + token) * HKV + tile.y) * GROUP + head + c) * 64 + state.row * 8;
+    const float total = state.total[c];
+    UNROLL for (int d = 0; d < 8; d += 4)
+      store4(to + d, state.out[d][c] / total, state.out[d + 1][c] / total, state.out[d + 2][c] / total, state.out[d + 3][c] / total);
   }
 }

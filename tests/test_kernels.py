@@ -249,19 +249,22 @@ FAULTS = [
     ("expert_dispatch", BARRIER, ""),
     ("expert_dispatch", "at += popcount(owners)", "at += 0"),
     ("expert_dispatch", "p < last && experts", "experts"),
-    ("attention_decode", "8 * i + state.row < valid", "true"),
-    ("attention_decode", "min(8 * i + state.row, valid - 1)", "8 * i + state.row"),
-    ("attention_decode", "out[d] *= scale", "out[d] *= 1"),
+    ("attention_decode", "8 * i + state.row <= end", "true"),
+    ("attention_decode", "k + min((8 * i + row) * 64 + 8 * pair, ", "k + max(0u, "),
+    ("attention_decode", "v + min((8 * i + 2 * pair + c) * 64 + 8 * row, ", "v + max(0u, "),
+    ("attention_decode", "out[d] *= factor", "out[d] *= 1"),
     ("attention_decode", "tiles * (split + 1) / splits", "(tiles * (split + 1) - 1) / splits"),
-    ("attention_window", "at > position - WINDOW", "at >= position - WINDOW"),
-    ("attention_window", "turn < base ? turn : turn - WINDOW", "turn - WINDOW"),
-    ("attention_window_prefill", "row >= low &&", "row + 1 >= low &&"),
-    ("attention_window_prefill", "&& row <= high", "&& row <= high + 1"),
+    ("attention_window", "age + wrap) < ages", "age + wrap) <= ages"),
+    ("attention_window", "min(age, age + wrap)", "age"),
+    ("attention_window", "base - 1 - position + WINDOW", "WINDOW"),
+    ("attention_window", "is_append ? slot + 1", "is_append ? ROWS"),
+    ("attention_window_prefill", "uint(row - low) <=", "uint(row - low + 1) <= 1 +"),
+    ("attention_window_prefill", "<= uint(high - low)", "<= uint(high - low + 1)"),
     ("attention_window_prefill", "from >= begin && from", "from"),
     ("attention_window_prefill", f"{BARRIER}\n    for", "for"),
     ("attention_window_prefill", f"{BARRIER}\n    const", "const"),
     ("attention_window_prefill", "state.row == 0 ? 1.0f : 0.0f", "0.0f"),
-    ("attention_window_prefill", "|| token >= tokens", ""),
+    ("attention_window_prefill", "if (token >= tokens) return;", ""),
     ("attention_reduce", "total = metal::fast::exp2(sink - top)", "total = 0"),
     ("norm_qkv_rope", "i += threads) to[i] = old[i]", "i += threads) to[i] = old[0]"),
     ("norm_qkv_rope", "turned * sine", "first * sine"),
@@ -321,6 +324,7 @@ def test_faults_are_found(
     assert text(stem).count(line) == 1, "the fault must change one line"
     monkeypatch.setattr(launch, "source_text", lambda name: text(name).replace(line, fault))
     sizes = {
+        "attention_window": replace(Sizes(), slot=5),  # rows of the ring's end and of its beginning
         "route": replace(Sizes(), hidden=2048),  # more than one simdgroup
         "experts_swiglu": replace(Sizes(), experts=40),  # more than one a lane
         "expert_groups": replace(Sizes(), batch=7),  # more than one pair of an expert
