@@ -227,7 +227,8 @@ def table(rows: Mapping[str, Any]) -> str:
     lines = [" " * first + "".join(f"  {head}" for head in heads)]
     for name, row in rows.items():
         values = zip(heads, asdict(row).values(), strict=True)
-        lines.append(name.ljust(first) + "".join(f"  {v:>{len(head)}}" for head, v in values))
+        cells = [f"  {'' if v is None else v:>{len(head)}}" for head, v in values]
+        lines.append(name.ljust(first) + "".join(cells))
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_kernels_sources import PUBLISHED, metal_text
 
+from benchmarks.instructions import PUBLISHED, metal_text
 from mlx_gptoss.engine import MOST_AT_ONCE
 from mlx_gptoss.kernels.agreement import flattened
 from mlx_gptoss.kernels.batches import EXACT_ROWS, GROUPED_FROM, MLX_FROM, experts_form, takes_mlx
@@ -217,13 +217,11 @@ def test_blocks_cover_every_batch(columns: int, parts: int) -> None:
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")
 @pytest.mark.parametrize("dense", ["plain", "q8", "q4"])
 @pytest.mark.parametrize("stem", ["norm_qkv_rope", "out_residual", "route", "unembed"])
-def test_threadgroups_fit_the_registers_of_a_core(
-    stem: str, dense: Dense, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threadgroups_fit_the_registers_of_a_core(stem: str, dense: Dense) -> None:
     """With no array in memory: of 8 rows, and of 16, where a simdgroup takes several parts."""
     for batch, simdgroups in ((8, 8 if stem == "out_residual" else 12), (16, 8)):
         sizes = replace(PUBLISHED, batch=batch)
-        name, text = metal_text(stem, sizes, "bfloat16", dense, monkeypatch)
+        name, text = metal_text(stem, sizes, "bfloat16", dense)
         built = ptx.build(text, name)
         assert (built.stack_bytes, built.spill_bytes) == (0, 0)
         assert built.registers is not None

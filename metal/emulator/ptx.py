@@ -58,6 +58,17 @@ def _shared_variable(number: int, kind: str, name: str, dimensions: str) -> str:
     )
 
 
+def emit(
+    source: str,
+    function: str,
+    *,
+    arch: str = "sm_90",
+    constants: Mapping[str, bool | int | float] | None = None,
+) -> str:
+    """Compile a kernel to the text of its PTX; arguments and errors are those of `build`."""
+    return _emit(source, function, arch, constants)[1]
+
+
 def build(
     source: str,
     function: str,
@@ -77,14 +88,7 @@ def build(
         CompileError: It does not compile, or the compiler has no NVPTX back end.
         EmulatorError: There is no such function, or it takes `[[threadgroup(n)]]` arguments.
     """
-    prepared = prepare(source)
-    instance = prepared.instances.get(function, function)
-    parameters = parameters_of(prepared, instance.split("<")[0].strip())
-    if any(p.kind == "threadgroup" for p in parameters):
-        raise EmulatorError(f"kernel '{function}': [[threadgroup(n)]] arguments have no PTX form")
-    text = specialise(prepared, constants or {})
-    text = rewrite_threadgroup_variables(text, _shared_variable)
-    ptx = build_ptx(text + _entry(parameters, instance), name=function, arch=arch)
+    parameters, ptx = _emit(source, function, arch, constants)
     registers, spill = _ptxas(ptx, arch)
     body = ptx[ptx.index(".visible .entry") :]
     return PtxKernel(
@@ -97,6 +101,19 @@ def build(
         registers=registers,
         spill_bytes=spill,
     )
+
+
+def _emit(
+    source: str, function: str, arch: str, constants: Mapping[str, bool | int | float] | None
+) -> tuple[list[Parameter], str]:
+    prepared = prepare(source)
+    instance = prepared.instances.get(function, function)
+    parameters = parameters_of(prepared, instance.split("<")[0].strip())
+    if any(p.kind == "threadgroup" for p in parameters):
+        raise EmulatorError(f"kernel '{function}': [[threadgroup(n)]] arguments have no PTX form")
+    text = specialise(prepared, constants or {})
+    text = rewrite_threadgroup_variables(text, _shared_variable)
+    return parameters, build_ptx(text + _entry(parameters, instance), name=function, arch=arch)
 
 
 def _entry(parameters: list[Parameter], instance: str) -> str:

@@ -85,6 +85,7 @@ def emulate(
         mode: `Mode` or its value, "instrumented" or "plain".
         order: "forward" or "reverse".
         threadgroups: Run only so many threadgroups of each launch; outputs are then incomplete.
+            With 0 nothing is compiled: only `sources` are collected.
         allow: Checks that do not count, names of `ALLOWABLE`.
 
     Yields:
@@ -170,8 +171,10 @@ class EmulatedKernel:
             "init_value": init_value,
         }
         function, text = self.generated(arrays, options)
-        kernel = compiled(text, function, session.mode)
         session.sources[function] = text
+        if session.threadgroups == 0:
+            return [mx.zeros(shape_of[n], dtype_of[n]) for n in self.output_names]
+        kernel = compiled(text, function, session.mode)
         buffers = self._inputs(arrays, {p.name for p in kernel.buffers})
         outputs = {n: _output(shape_of[n], dtype_of[n], init_value) for n in self.output_names}
         x, y, z = (min(t, g) for t, g in zip(threadgroup, grid, strict=True))  # as MLX does
