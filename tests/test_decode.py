@@ -16,7 +16,7 @@ from mlx_gptoss.decode import Decoder
 from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.kernels.selection import all_definitions
 from mlx_gptoss.model import Model
-from mlx_gptoss.sampling import SamplingParams, SamplingRows, sample
+from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample
 
 VOCAB = 320
 
@@ -96,6 +96,30 @@ def test_compiled_tokens_and_one_trace(model: Model, decoder: Decoder) -> None:
         decoding, _ = start(decoder, mx.abs(prompt), params)
         assert tokens_of(decoder, decoding, 20) == model_tokens(model, mx.abs(prompt), 20, params)
     assert decoder.traces == before + 1
+
+
+def test_compiled_in_two_parts_with_a_mask_for_each_token(model: Model, decoder: Decoder) -> None:
+    """The mask is made after the layers are launched; no other one is traced."""
+    before, prompt = decoder.traces, prompts(1, 100)
+    decoding, cache = start(decoder, prompt, [SamplingParams(temperature=0, seed=0)])
+    found, expected, fed = [], [], prompt[:, -1:]
+    check = model.make_cache()
+    model.hidden(prompt[:, :-1], check)
+    for at in range(12):
+        decoder.feed([decoding])
+        flags = (np.arange(VOCAB) % 5 == at % 5) & (np.arange(VOCAB) != 77)
+        decoding.allowed = packed(flags)
+        decoder.advance([decoding])
+        decoding.keep()
+        found.append(int(decoding.state.token))
+        logits = model.next_logits(fed, check)
+        both = mx.array(flags) & (mx.arange(VOCAB) % 7 != 3)
+        expected.append(int(mx.argmax(mx.where(both, logits, -mx.inf))))
+        fed = mx.array([[expected[-1]]])
+    assert found == expected and len(set(found)) > 4
+    assert decoder.traces == before + 1
+    decoding.finish()
+    assert cache.offset == check.offset
 
 
 @pytest.mark.usefixtures("uncompiled")
