@@ -7,6 +7,7 @@ which must see a token before it can mask the next one; the engine feeds the tok
 """
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -48,7 +49,7 @@ WHITESPACE = r"[ \n\t]{0,24}"
 class Guide:
     """Says which token may come next; one for each turn.
 
-    It may be made in one thread and asked in another, but not by two at once.
+    It may be made in any thread and asked in another, but not by two at once.
 
     Args:
         rules: How the turn may end.
@@ -196,8 +197,17 @@ def _llguidance() -> Any:
         ) from error
 
 
-@cache
+_BUILDING = threading.Lock()
+
+
 def _tokenizer() -> Any:
-    """Built once, in a few seconds."""
+    """One for all turns; who needs it while another thread builds it waits for that."""
+    with _BUILDING:
+        return _built_tokenizer()
+
+
+@cache
+def _built_tokenizer() -> Any:
+    """Built in a few seconds."""
     build = import_module("llguidance.tiktoken").lltokenizer_from_encoding
     return build(load_vocabulary().encoding, n_vocab=N_VOCAB, eos_token=int(Special.RETURN))

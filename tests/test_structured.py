@@ -3,12 +3,17 @@
 import json
 import re
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import scripted
 
+from mlx_gptoss import structured
 from mlx_gptoss.conversation import read_conversation
 from mlx_gptoss.errors import HarmonyError, SchemaError
 from mlx_gptoss.harmony import BROWSER, PYTHON, FinishReason, ResponseFormat, ToolDescription
@@ -318,6 +323,28 @@ def test_a_turn_whose_guide_gives_up_ends_in_its_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(Guide, "accept", lambda guide, token: guide._matcher.consume_token(5))
     with pytest.raises(SchemaError, match="turn: expected a grammar that llguidance can follow"):
         respond(THOUGHT)
+
+
+def test_threads_at_once_build_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each built its own, of seconds and megabytes."""
+    meeting, built = threading.Barrier(3), []
+
+    def build(*_: object, **__: object) -> object:
+        built.append(object())
+        time.sleep(0.05)  # long enough for the others to come too
+        return built[-1]
+
+    def ask() -> object:
+        meeting.wait(10)
+        return structured._tokenizer()
+
+    monkeypatch.setattr("llguidance.tiktoken.lltokenizer_from_encoding", build)
+    monkeypatch.setattr(
+        structured, "_built_tokenizer", cache(structured._built_tokenizer.__wrapped__)
+    )
+    with ThreadPoolExecutor(3) as pool:
+        found = {future.result() for future in [pool.submit(ask) for _ in range(3)]}
+    assert found == set(built) and len(built) == 1
 
 
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
