@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -239,6 +240,22 @@ def test_a_prompt_without_a_kernel_is_the_same(
         got = model.next_logits(mx.array([tokens[20:45]]), cache)
     assert used([report.kernel for report in session.reports]) == PROMPT_KERNELS - left_out
     assert mx.abs(got - want).max().item() < 2e-5 * mx.abs(want).max().item()
+
+
+def test_a_prompt_in_bfloat16(
+    demo: Model, tmp_path: Path, trained_ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each product is rounded here, as on Metal; plain MLX on the CPU keeps them float32."""
+    asked = (prompt() * 10)[:150]
+    wide, tokens = of_trained_rows(demo, trained_ids, asked)
+    narrow, _ = of_trained_rows(load_model(demo_model_path(tmp_path)), trained_ids, asked)
+    rows = mx.array([tokens])
+    want, plain = wide.hidden(rows), narrow.hidden(rows)
+    as_on_metal(narrow, monkeypatch)
+    with emulate(mode="plain"):
+        got = narrow.hidden(rows)
+    error, usual = (mx.square(found - want).mean().item() for found in (got, plain))
+    assert 0 < error <= 3 * usual, (error, usual)
 
 
 def test_a_padded_prompt_is_the_same(
