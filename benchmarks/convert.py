@@ -23,6 +23,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from mlx_gptoss.machine import read_machine
+
 TARGET_GIB = 0.25
 TARGET_RATIO = 2.0
 MEASURE = """
@@ -115,17 +117,6 @@ def commit() -> str:
     return subprocess.run(command, cwd=here, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def processor() -> str:
-    """The processor's name where the system says it."""
-    path = Path("/proc/cpuinfo")
-    names = (
-        [line for line in path.read_text().splitlines() if "model name" in line]
-        if path.exists()
-        else []
-    )
-    return names[0].partition(": ")[2] if names else platform.processor()
-
-
 def measure(source: Path, folder: Path, dense: str, rounds: int) -> dict[str, object]:
     """Copy and convert in turn, so that a change of the disk's speed meets both."""
     interpreter = int(python(EMPTY))
@@ -174,7 +165,7 @@ def main() -> None:
         "size": arguments.size,
         "rounds": arguments.rounds,
         "machine": platform.platform(),
-        "processor": processor(),
+        "processor": read_machine().cpu,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ machine.finish(record, keep=options.write)   # and keeps it, after `machine.add_
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from mlx_gptoss.machine import read_machine
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "tiktoken", "llguidance", "torch", "transformers")
 GIB = 2**30
@@ -49,17 +52,6 @@ class Spread:
         return f"{median:.4g} {unit} ({low:.4g}..{high:.4g}, n={self.count})"
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def _commit() -> str | None:
     git = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -71,18 +63,16 @@ COMMIT = _commit()  # read at the start: the tree may move on while a long bench
 
 def facts() -> dict[str, Any]:
     """Machine, system, versions and commit: what a figure means nothing without."""
-    import os
-
-    versions = {}
+    here, versions = read_machine(), {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
     return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "processor": here.cpu,
+        "cores": here.cpu_cores,
+        "memory_gib": here.memory_bytes and round(here.memory_bytes / GIB, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
