@@ -31,7 +31,12 @@ from mlx_gptoss.dispatches import Counted
 from mlx_gptoss.errors import MachineError
 from mlx_gptoss.fitting import require
 from mlx_gptoss.library import kernel_record
-from mlx_gptoss.machine import Machine, read_memory_pressure, read_thermal_pressure
+from mlx_gptoss.machine import (
+    Machine,
+    read_memory_pressure,
+    read_thermal_pressure,
+    run_command,
+)
 from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.plan import MemoryPlan, scratch_here
 from mlx_gptoss.roofline import limit_tok_per_s
@@ -107,6 +112,7 @@ def bench(
     pressure, began = read_memory_pressure(), time.perf_counter()
     model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
     load_s = time.perf_counter() - began
+    software = _software(model, compare)  # the tree may move on while a long one runs
     runners: list[Runner] = [OurRunner(model)]
     if compare:
         runners.append(PeerRunner(folder, model))
@@ -126,7 +132,7 @@ def bench(
             "thermal_pressure_after": read_thermal_pressure(),
             "memory_pressure": [pressure, read_memory_pressure()],
         },
-        "software": _software(model, compare),
+        "software": software,
         "model": _model(name, checkpoint),
         "settings": {
             "depths": list(depths),
@@ -146,15 +152,15 @@ def _check_memory(plan: MemoryPlan, case: Case, *, compare: bool, machine: Machi
 
     Both share the weights, and neither holds anything of its last run while the other one runs.
     """
-    sides = {OURS: (plan.total_bytes, "or --embedding file")}
+    sides = {OURS: (plan.total_bytes, "; or --embedding file" * (plan.embedding == "memory"))}
     if compare:
-        sides[PEER] = (peer_bytes(plan), "or leave out --compare")
+        sides[PEER] = (peer_bytes(plan), "; or leave out --compare")
     for engine, (needed, otherwise) in sides.items():
         require(
             needed,
             limit_bytes=machine.gpu_limit_bytes,
             what=f"{engine} at depth {case.depth} in batches of {case.batch}, with the weights,",
-            instead=f"measure less: --depths, --batch; {otherwise}",
+            instead=f"measure less: --depths, --batch{otherwise}",
         )
 
 
@@ -251,10 +257,18 @@ def _hold_against_limit(
         result["share_of_limit"] = limit and result["decode_tok_per_s"]["median"] / limit
 
 
+def _commit() -> str | None:
+    """Of the checkout that this package runs from; None where it was installed."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    if run_command((*git, "ls-files", "--error-unmatch", "_version.py")) is None:
+        return None  # git may know a folder above, which is no business of ours
+    return (run_command((*git, "describe", "--always", "--dirty")) or "").strip() or None
+
+
 def _software(model: Model, compare: bool) -> Record:
     kernels = model.kernels
     found = {
-        "mlx-gptoss": __version__,
+        "mlx-gptoss": " ".join(filter(None, (__version__, _commit()))),
         "mlx": version("mlx"),
         "python": platform.python_version(),
         "device": str(mx.default_device()),

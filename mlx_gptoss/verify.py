@@ -115,8 +115,8 @@ def verify(
         planned_bytes(checkpoint, embedding=embedding),
         limit_bytes=limit_bytes,
         what=f"verifying a model of {checkpoint.nbytes / 1e9:.2f} GB",
-        instead="`mlx-gptoss info --hashes` checks its files alone, and --embedding file saves "
-        "the memory of the table",
+        instead="`mlx-gptoss info --hashes` checks its files alone"
+        + (", and --embedding file saves the memory of the table" * (embedding == "memory")),
     )
     yield (files := _files(checkpoint, progress))
     if files.outcome is Outcome.FAILED:

@@ -13,6 +13,7 @@ from tiny import TinyShape, write_checkpoint
 
 from mlx_gptoss import bench as benchmark
 from mlx_gptoss import machine
+from mlx_gptoss._version import __version__
 from mlx_gptoss.bench import OURS, PEER, Run, file_name, load_model, sample_prompt, summary
 from mlx_gptoss.bench_plots import Curve, Point, over_depth
 from mlx_gptoss.bench_report import as_html
@@ -86,6 +87,7 @@ def test_the_record_is_complete(record):
     assert record["machine"]["cpu"] == "Apple M4 Pro"
     assert len(record["meanwhile"]["load_average"]) == 2
     assert {"mlx", "mlx-lm", "mlx-gptoss", "kernels"} <= set(record["software"])
+    assert record["software"]["mlx-gptoss"].startswith(__version__)
     assert len(record["model"]["digest"]) == 64
     json.dumps(record)
 
@@ -267,6 +269,15 @@ def test_kernels_are_counted_where_they_decode(converted):
         counted.append(runner.next_step().kernels)
     assert counted[0] == 6 + 7 + 3
     assert counted[1] >= counted[0] + 2 * (1 + 2)
+
+
+def test_a_commit_of_another_project_is_not_ours(monkeypatch):
+    """Installed into a folder that git knows, such as an app's own."""
+    answers = {"ls-files": None, "describe": "1234567\n"}
+    monkeypatch.setattr(benchmark, "run_command", lambda command: answers[command[3]])
+    assert benchmark._commit() is None
+    answers["ls-files"] = "_version.py\n"
+    assert benchmark._commit() == "1234567"
 
 
 def test_the_spread_is_how_far_runs_lie_apart():

@@ -16,6 +16,7 @@ from mlx_gptoss import cache, machine, matrix, model_info, reference, transcript
 from mlx_gptoss.checkpoint import open_checkpoint
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
+from mlx_gptoss.errors import MachineError
 from mlx_gptoss.kernel_faults import kernel_fault
 from mlx_gptoss.kernels import selection, trials
 from mlx_gptoss.kernels.registry import KERNELS
@@ -91,6 +92,8 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(model, monkeypatch):
     assert needed - in_file == model_info.parts(checkpoint)["embedding"].nbytes
     next(verify.verify(model, limit_bytes=needed))
     next(verify.verify(model, limit_bytes=in_file, embedding="file"))
+    with pytest.raises(MachineError, match=r"checks its files alone$"):
+        next(verify.verify(model, limit_bytes=in_file - 1, embedding="file"))
     here = dataclasses.replace(machine.read_machine(), working_set_bytes=needed - 1)
     monkeypatch.setattr(machine, "read_machine", lambda: here)
     monkeypatch.setattr(verify, "load_model", lambda *_, **__: pytest.fail("loaded"))
