@@ -19,8 +19,7 @@ MLX's are ANALYTIC, from the tiles of its kernels and its choice among them on a
 
 To that come the copies that MLX's forms make of append segments, of the router in float32 and of
 logits. Its expert kernel reads an expert for each of its rows, unless they are sorted and 4 times
-as many as the experts. Depths of MLX's forms are counted by hand in definitions.py, elementwise
-chains fused.
+as many as the experts. Depths of MLX's forms are those of their graphs, fused as for Metal.
 
 Rows choose their experts at random and independently of each other; real rows share more.
 
@@ -62,8 +61,8 @@ DENSE = ("norm_qkv_rope", "out_residual", "unembed")
 DEPTHS = {
     "norm_qkv_rope": {"ours": 1, "mlx": 4},
     "out_residual": {"ours": 1, "mlx": 2},
-    "route": {"ours": 1, "mlx": 2},
-    "unembed": {"ours": 1, "mlx": 6},
+    "route": {"ours": 1, "mlx": 3},
+    "unembed": {"ours": 1, "mlx": 12},
     "experts": {"rows": 2, "grouped": 4, "mlx": 8},
 }
 CUT = 64  # rows of an expert's matrix that stand for all

@@ -15,13 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_gptoss import matrix
 from mlx_gptoss.checkpoint import expected_tensors
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.decode import Decoder
 from mlx_gptoss.dispatches import Counted, count_lazy, step_arguments
+from mlx_gptoss.kernels.agreement import flattened
 from mlx_gptoss.kernels.batches import experts_form, takes_mlx
 from mlx_gptoss.kernels.grouped import BLOCK
 from mlx_gptoss.kernels.matrix import row_blocks
@@ -60,6 +60,15 @@ def count_batch(two: Model, four: Model, *, layers: int, rows: int) -> Counted:
 
 
 def _count_compiled(model: Model, rows: int) -> Counted:
+    decoder = Decoder(model, kernels=all_kernels(), allowed=[1] * model.config.vocab_size)
+    arguments = step_arguments(decoder, rows=rows, capacity=256)
+    mx.eval(arguments)
+    return count_as_metal(partial(decoder.step, filtered=False), *arguments)
+
+
+def count_as_metal(call: Callable[..., Any], *arguments: Any) -> Counted:
+    """Compile a function, and count its graph of evaluated arguments as Metal runs it."""
+
     def rms_norm(x: mx.array, weight: mx.array, _: float) -> mx.array:
         return mx.cumsum(mx.depends([x], [weight])[0], axis=-1)  # one kernel, which nothing fuses
 
@@ -77,11 +86,8 @@ def _count_compiled(model: Model, rows: int) -> Counted:
         patch.object(mx.fast, "metal_kernel", kernel),
         patch.object(matrix, "on_cpu", lambda: False),
     ):
-        decoder = Decoder(model, kernels=all_kernels(), allowed=[1] * model.config.vocab_size)
-        arguments = step_arguments(decoder, rows=rows, capacity=256)
-        mx.eval(arguments)
-        made = mx.compile(partial(decoder.step, filtered=False))(*arguments)
-    return count_lazy(*(array for _, array in tree_flatten(made)))
+        made: Any = mx.compile(call)(*arguments)
+    return count_lazy(*flattened(made))
 
 
 def batch_weight_bytes(config: ModelConfig, dense: str, rows: int) -> float:

@@ -10,7 +10,7 @@
 //            simdgroup has R = 2 vectors and a threadgroup up to 8 such blocks, 16 rows that read a weight together:
 //            12 simdgroups of 128 registers a thread are what a core holds, so from 5 blocks on a simdgroup walks
 //            PARTS = 3 thirds. From 3 vectors on TILES = 2: 32 rows of weights for a read of x, and 160 threadgroups
-//            of twice the simdgroups: 80 cores have as many as alone. Deep enough for B.
+//            of 5 to 12 simdgroups for 320 of 3: 80 cores still have two each. Deep enough for B.
 // Numerics:  float32 throughout, one rounding at the store; the norm's factor multiplies the finished sum. Angles are
 //            joined from two tables of float64 origin, so position 131,071 is as exact as position 1.
 // Requires:  D % 32 == 0 and whole simdgroups (matvec.h); slot < ROWS; checked in kernels.norm_qkv_rope.

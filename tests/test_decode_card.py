@@ -1,8 +1,10 @@
 """Dispatches and bytes of a token, counted in the graph that MLX traces for the real sizes."""
 
+import mlx.core as mx
 import pytest
 
-from benchmarks.batch_steps import batch_weight_bytes, experts_read, passes
+from benchmarks.batch_card import DEPTHS
+from benchmarks.batch_steps import batch_weight_bytes, count_as_metal, experts_read, passes
 from benchmarks.decode_card import (
     MODELS,
     count_batches,
@@ -14,6 +16,10 @@ from benchmarks.decode_card import (
 from benchmarks.graph import mlx_lm_counts
 from mlx_gptoss.config import FULL
 from mlx_gptoss.dispatches import count_traced
+from mlx_gptoss.kernels.inputs import Inputs, Sizes
+from mlx_gptoss.kernels.products import PRODUCTS
+from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.selection import all_kernels
 
 
 @pytest.mark.parametrize(("model", "dense", "kernels"), [("20b", "q8", 159), ("120b", "bf16", 237)])
@@ -38,6 +44,18 @@ def test_steps_of_several_turns() -> None:
     assert chain < 20 * 24
     bytes_of = [step["bytes_per_token"][1024] for step in steps.values()]
     assert bytes_of == sorted(bytes_of, reverse=True)
+
+
+@pytest.mark.parametrize("stem", PRODUCTS)
+def test_chains_of_products_are_those_of_the_card(stem: str) -> None:
+    """The angles come before q and k, once for all layers: one more where there is no other."""
+    kernels, given = all_kernels(), KERNELS[stem].case(Inputs(Sizes(), dtype=mx.bfloat16))
+    matrices = [v for v in (*given.values(), *given.get("projections", ())) if hasattr(v, "bias")]
+    mx.eval([vars(matrix) for matrix in matrices], list(given.values()))
+    counted = count_as_metal(
+        lambda x: PRODUCTS[stem](**given | {"x": x}, kernels=kernels), given["x"]
+    )
+    assert counted.depth == DEPTHS[stem]["mlx"] + (stem == "norm_qkv_rope")
 
 
 def test_weights_of_a_step() -> None:
@@ -71,8 +89,6 @@ def test_dispatches_of_a_chunk() -> None:
 
 
 def test_kernels_and_chains_are_told_apart() -> None:
-    import mlx.core as mx
-
     def call(a: mx.array, b: mx.array) -> list[mx.array]:
         side = (mx.sin(a), mx.cos(b))
         return [

@@ -19,8 +19,9 @@ from mlx_gptoss.kernels.batches import EXACT_ROWS, GROUPED_FROM, MLX_FROM, exper
 from mlx_gptoss.kernels.grouped import GROUPED, SINGLE
 from mlx_gptoss.kernels.inputs import Arguments, Dense, Inputs, Sizes
 from mlx_gptoss.kernels.matrix import row_blocks
+from mlx_gptoss.kernels.products import PRODUCTS
 from mlx_gptoss.kernels.registry import KERNELS
-from mlx_gptoss.kernels.selection import KernelSet
+from mlx_gptoss.kernels.selection import KernelSet, all_definitions
 from mlx_gptoss.metal.emulator import emulate, ptx
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +155,24 @@ def test_forms_of_every_number_of_experts() -> None:
     assert not takes_mlx("norm_qkv_rope", "q4", 32)
     assert not takes_mlx("unembed", "affine weights of 6 bits in groups of 64", 32)
     assert takes_mlx("route", 200, 17)
+
+
+@pytest.mark.parametrize("dense", get_args(Dense))
+@pytest.mark.parametrize("stem", PRODUCTS)
+def test_products_mean_what_kernels_mean(stem: str, dense: Dense) -> None:
+    """Of 20 rows; to bfloat16's precision, in which a product ends."""
+    kernel, kernels = KERNELS[stem], all_definitions("MLX's operations are compared")
+    sizes = replace(Sizes(), batch=20, hidden=320)
+    given = kernel.case(Inputs(sizes, dtype=mx.bfloat16, dense=dense))
+    got, want = (
+        kernel.observe(flattened(outputs), given)
+        for outputs in (PRODUCTS[stem](**given, kernels=kernels), kernel.define(**given))
+    )
+    for a, b in zip(got, want, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if stem != "unembed" or a is got[0]:  # candidates are of these logits: another may win
+            a, b = (mx.nan_to_num(x.astype(mx.float32)) for x in (a, b))
+            assert mx.abs(a - b).max() <= 2e-2 * mx.abs(b).max()
 
 
 @pytest.mark.parametrize("stem", [*SINGLE, *GROUPED])

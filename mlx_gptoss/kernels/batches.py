@@ -3,7 +3,7 @@
 The rule. Up to `EXACT_ROWS` rows, the most that an engine decodes together, our kernels take every
 operation: each gives a row the bits that it has alone, so no conversation's tokens depend on who
 else is being served. The card would rather have MLX's product for the attention's output at 15 and
-16 rows and for the 120b's router from 9 on; what that costs is below 3% of a layer's predicted
+16 rows and for the 120b's router from 13 on; what that costs is below 3% of a layer's predicted
 time. From `EXACT_ROWS + 1` rows on, whichever form the card favours from there on; a row's last
 bits may then depend on its company.
 
@@ -28,7 +28,7 @@ GROUPED_FROM: Mapping[int, int] = {32: 2, 128: 4}
 MLX_FROM: Mapping[str, Mapping[str | int, int]] = {
     "norm_qkv_rope": {"plain": 17, "q8": 17},
     "out_residual": {"plain": 16, "q8": 15, "q4": 15},
-    "route": {32: 20, 128: 9},
+    "route": {128: 13},
     "unembed": {"plain": 17},
     "experts": {32: 32},
 }
