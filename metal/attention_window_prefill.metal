@@ -5,7 +5,7 @@
 //            own; first (B,) i32, the first row that exists, in whatever address space; sinks (HQ,) W
 // Output:    y (B,T,HQ*64) T
 // Grid:      T/SIMDS x HKV x B threadgroups of SIMDS simdgroups, one token each. Its GROUP heads and the neighbours share
-//            K and V, staged in tiles of 32 rows: a row is read 1 + WINDOW/SIMDS times. 8 simdgroups of 107 registers
+//            K and V, staged in tiles of 32 rows: a row is read 1 + WINDOW/SIMDS times. 8 simdgroups of 95 registers
 //            (of another GPU): a core should hold about two groups, so that one computes while the other waits for its
 //            tile. Two tokens a simdgroup took 154.
 // Numerics:  float32 scores, running softmax and sums; fast exp2; one rounding at the store.
