@@ -17,6 +17,7 @@ from mlx_gptoss.kernels import launch
 from mlx_gptoss.kernels.agreement import agrees, compare, excess, flattened, widened
 from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.matrix import Matrix
 from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.sampling import unpacked
 
@@ -24,7 +25,7 @@ FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FORMS: dict[Dense, tuple[str, ...]] = {
     "plain": ("float32", "float16", "bfloat16"),
     "q8": ("float32", "bfloat16"),
-    "q4": ("float16", "bfloat16"),
+    "q4": ("float32", "bfloat16"),
 }
 ALLOW = {"norm_qkv_rope": ("unwritten-output",)}  # append rows above the slot stay undefined
 CASES = [
@@ -75,39 +76,45 @@ def test_batches(stem: str, batch: int) -> None:
     assert_agrees(stem, sizes, "bfloat16", mode="plain" if batch > 7 else "instrumented")
 
 
-# Rows are cut, not columns: lanes and simdgroups are those of the models.
-PUBLISHED = {
-    "20b": Sizes(
-        batch=1, hidden=2880, inter=64, q_heads=64, kv_heads=8, experts=32, vocab=256, window=128,
-        capacity=1024, rows=128, base=1000, slot=127, splits=4,
-    ),
-    "120b": Sizes(
-        batch=1, hidden=2880, inter=2880, q_heads=64, kv_heads=8, experts=128, vocab=256,
-        window=128, capacity=256, rows=128, base=250, slot=3, splits=1,
-    ),
-}  # fmt: skip
+# Of the 20b, of which the 120b's differ in the experts alone: see test_kernels_trials.py. Rows are
+# cut, not columns: lanes and simdgroups are those of the models.
+PUBLISHED = Sizes(
+    batch=1, hidden=2880, inter=64, q_heads=64, kv_heads=8, experts=32, vocab=256, window=128,
+    capacity=1024, rows=128, base=1000, slot=127, splits=4,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("stem", KERNELS)
-def test_published_shapes(stem: str) -> None:
-    """Of the 20b, of which the 120b's differ in the experts alone: see test_kernels_trials.py."""
-    sizes = PUBLISHED["20b"]
+@pytest.mark.parametrize(
+    ("stem", "dense"),
+    [(stem, dense) for stem, dtype, dense in CASES
+     if dtype == "bfloat16" and stem not in LONG_SUMS],
+)  # fmt: skip
+def test_published_shapes(stem: str, dense: Dense) -> None:
+    sizes = PUBLISHED
     if stem == "experts_down":  # its columns are `inter`; 64 rows out
         sizes = replace(sizes, inter=2880, hidden=64)
-    if stem not in LONG_SUMS:
-        assert_agrees(stem, sizes, "bfloat16", dense="q8", mode="plain")
+    assert_agrees(stem, sizes, "bfloat16", dense=dense, mode="plain")
 
 
-@pytest.mark.parametrize("stem", ["route", "unembed"])
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_logits_of_published_shapes_against_float64(stem: str, model: str) -> None:
+def dense_weight(matrix: Matrix) -> np.ndarray:
+    if matrix.mode is None:
+        return wide(matrix.weight)
+    assert matrix.scales is not None
+    assert matrix.offsets is not None
+    scales, offsets = (a.astype(mx.float32) for a in (matrix.scales, matrix.offsets))
+    return wide(mx.dequantize(matrix.weight, scales, offsets, group_size=64, bits=matrix.bits))
+
+
+@pytest.mark.parametrize("dense", FORMS)
+@pytest.mark.parametrize(("stem", "experts"), [("route", 32), ("route", 128), ("unembed", 32)])
+def test_logits_of_published_shapes_against_float64(stem: str, experts: int, dense: Dense) -> None:
     """MLX's CPU adds 2880 products in one float32 and is 3e-6 off itself; the kernels are not."""
-    kernel, make = KERNELS[stem], Inputs(PUBLISHED[model], dtype=mx.bfloat16)
-    given = kernel.case(make)
+    kernel, sizes = KERNELS[stem], replace(PUBLISHED, experts=experts)
+    given = kernel.case(Inputs(sizes, dtype=mx.bfloat16, dense=dense))
     with emulate(mode="plain"):
         outputs = kernel.launch(**given)
     matrix = given["router" if stem == "route" else "matrix"]
-    x, norm, weight = (wide(a) for a in (given["x"], given["norm"], matrix.weight))
+    x, norm, weight = wide(given["x"]), wide(given["norm"]), dense_weight(matrix)
     want = x / np.sqrt((x * x).mean(-1, keepdims=True) + given["eps"]) * norm @ weight.T
     want = want if matrix.bias is None else want + wide(matrix.bias)
     got = wide(outputs[1] if stem == "route" else outputs[0])

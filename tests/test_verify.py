@@ -256,7 +256,9 @@ def test_layers_alone_are_the_layers(converted):
 def metal(monkeypatch):
     """The emulator poses as a Metal device; rows above the slot are undefined by design."""
     with emulate(mode="plain", allow=("unwritten-output",)):
-        monkeypatch.setattr(trials, "BATCHES", (1, 5))  # the others cost seconds of compiling
+        monkeypatch.setattr(trials, "BATCHES", (1, 5))  # the others cost seconds
+        chunk = {"batch": 2, "base": 110, "tokens": 67}
+        monkeypatch.setitem(trials.ASKED, "attention_window_prefill", [chunk])
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         yield
 

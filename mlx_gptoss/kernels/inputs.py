@@ -128,9 +128,11 @@ class Inputs:
         )
 
     def expert_bias(self, name: str, rows: int) -> mx.array:
-        """The biases of `expert_matrix` alone."""
+        """The biases of `expert_matrix` alone, (E, rows)."""
         own = self._weights.matrices.get(name)
-        return self.normal(self.sizes.experts, rows) if own is None else own.bias  # pyright: ignore
+        bias = own.bias if own else self.normal(self.sizes.experts, rows)
+        assert bias is not None
+        return bias
 
     def bases(self) -> list[int]:
         """Positions in the frozen segment of each row."""

@@ -186,11 +186,11 @@ def checked(
     """Stems that cannot be used, with reasons, from the record or from running the check.
 
     Args:
-        sizes: see `choose_kernels`, for the others, too.
+        sizes: as `choose_kernels` takes them, and so the rest.
         dtype: of activations.
         dense: forms.
-        layers: weights; without any, the outcome of a check with such a model's is preferred.
-        record: of earlier outcomes.
+        layers: weights; without any, the outcome of a check that had some is preferred.
+        record: file of earlier outcomes.
     """
     own, random = (
         _fingerprint(sizes, dtype, dense, weights) for weights in ("of a model", "random")
@@ -200,15 +200,11 @@ def checked(
         if key in known:
             return known[key]
     sources = _sources(dtype, dense, layers)
-    reasons = {
-        stem: reason
-        for stem, kernel in KERNELS.items()
-        if (
-            reason := disagreement(
-                kernel, sizes if layers else cut_sizes(stem, sizes), sources=sources
-            )
-        )
-    }
+    reasons = {}
+    for stem, kernel in KERNELS.items():
+        tried = sizes if layers else cut_sizes(stem, sizes)
+        if why := disagreement(kernel, tried, sources=sources):
+            reasons[stem] = why
     if record is not None:
         _write(record, {**known, own if layers else random: reasons})
     return reasons

@@ -44,7 +44,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     # a first chunk, one in the middle, and an odd tail of two rows, one of them padded
     "attention_window_prefill": [
         {"batch": batch, "base": base, "tokens": tokens}
-        for batch, base, tokens in ((1, 0, 512), (1, 512, 512), (2, 110, 67))
+        for batch, base, tokens in ((1, 0, 512), (1, 512, 256), (2, 110, 67))
     ],
     "embed": _rows(1, 8),  # MLX passes fewer than 8 tokens otherwise than more
     "expert_dispatch": [{"tokens": 16}, {"tokens": 67}, {"tokens": 512}],
