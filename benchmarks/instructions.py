@@ -51,15 +51,14 @@ from mlx_gptoss.metal.emulator.ptx_code import (  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "goldens" / "instructions.json"
 FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-MODELS = {"20b": 32, "120b": 128}  # experts; all else is the same
-PUBLISHED = Sizes(
+PUBLISHED = Sizes(  # the 20b; the 120b differs in its experts only
     batch=1, hidden=2880, inter=2880, q_heads=64, kv_heads=8, experts=32, vocab=201088, window=128,
     capacity=256, rows=128, base=200, slot=3, splits=2,
 )  # fmt: skip
 BATCHED = ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped")
 
 # What stands for a matrix product: two instructions that no compiler writes by itself.
-PRODUCT = "  simdgroup_multiply_accumulate(C, A, B, C);\n"
+_PRODUCT = "  simdgroup_multiply_accumulate(C, A, B, C);\n"
 _STAND_IN = (
     '  float x, y; asm("fma.rz.f32 %0, %2, %3, %4;\\n\\tfma.rz.f32 %1, %5, %6, %7;" '
     ': "=&f"(x), "=f"(y) : "f"(a.x), "f"(b.x), "f"(c.x), "f"(a.y), "f"(b.y), "f"(c.y)); '
@@ -160,8 +159,8 @@ def metal_text(stem: str, sizes: Sizes, dtype: str, dense: Dense) -> tuple[str, 
 
 def without_products(text: str) -> str:
     """The source with a stand-in for the matrix product, which other GPUs do not have."""
-    assert text.count(PRODUCT) == ("Attention" in text)
-    return text.replace(PRODUCT, _STAND_IN)
+    assert text.count(_PRODUCT) == ("Attention" in text)
+    return text.replace(_PRODUCT, _STAND_IN)
 
 
 def steady_lines(stem: str, work: Work) -> range:
@@ -202,6 +201,7 @@ def measure(stem: str, sizes: Sizes, *, dense: Dense) -> Row:
     sums = sum(code[at].opcode == _SUM for at in steady)
     # units of the text, whatever was unrolled; 64 products are those of 32 keys, by 32 lanes
     units = products / 64 if work.unit == "key" else sums / _MULTIPLIED[dense]
+    assert units > 0 and units % 1 == 0, f"{stem}: {units} units of {work.unit} in its steady state"
     share = 32 / work.lanes / units
     count = len(steady) + products * (_MULTIPLY_ADDS - 2)
     once = len(code) - len(steady)
@@ -224,7 +224,7 @@ def golden_cases() -> dict[str, tuple[str, Dense, Sizes]]:
         for dense in formats if kernel.dense and not stem.startswith("route") else formats[:1]:
             found[f"{stem} {dense}" if kernel.dense else stem] = stem, dense, sizes
     for stem in ("experts_swiglu", "experts_down"):
-        found[f"{stem} 120b"] = stem, "plain", replace(PUBLISHED, experts=MODELS["120b"])
+        found[f"{stem} 120b"] = stem, "plain", replace(PUBLISHED, experts=128)
     return found
 
 
