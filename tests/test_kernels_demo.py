@@ -23,6 +23,7 @@ from mlx_gptoss.metal.emulator import emulate
 from mlx_gptoss.model import Model, load_model
 from mlx_gptoss.rules import TurnRules
 from mlx_gptoss.sampling import SamplingParams, SamplingRows, packed, sample
+from mlx_gptoss.structured import Guide
 from mlx_gptoss.vocabulary import Special, load_vocabulary
 
 TOKENS = 200
@@ -131,7 +132,7 @@ def test_filtered_draws_are_token_identical(demo: Model, trained_ids: np.ndarray
 
 def test_a_guided_turn_beside_a_free_one(demo: Model, trained_ids: np.ndarray) -> None:
     """Held to a schema by llguidance, in the steps of a turn that is not; each as by MLX alone."""
-    guide_of = pytest.importorskip("mlx_gptoss.structured").Guide
+    pytest.importorskip("llguidance")
     schema = {
         "type": "object",
         "properties": {"capital": {"enum": ["Rome", "Paris"]}},
@@ -148,7 +149,7 @@ def test_a_guided_turn_beside_a_free_one(demo: Model, trained_ids: np.ndarray) -
         """The guide of a turn, of the rows of the vocabulary that are there."""
 
         def __init__(self) -> None:
-            self._guide = guide_of(rules)
+            self._guide = Guide(rules)
 
         def allowed(self) -> np.ndarray:
             bits = np.unpackbits(self._guide.allowed().view(np.uint8), bitorder="little")
