@@ -9,21 +9,16 @@ first round warms up and is thrown away.
 """
 
 import os
-import platform
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_gptoss._version import __version__
+from mlx_gptoss.bench_record import model_facts, software
 from mlx_gptoss.bench_runs import OURS, PEER, OurRunner, PeerRunner, Run, Runner, peer_bytes
 from mlx_gptoss.checkpoint import Checkpoint, open_checkpoint
 from mlx_gptoss.config import ModelConfig
@@ -35,14 +30,12 @@ from mlx_gptoss.machine import (
     Machine,
     read_memory_pressure,
     read_thermal_pressure,
-    run_command,
 )
-from mlx_gptoss.model import Model, load_model
+from mlx_gptoss.model import load_model
 from mlx_gptoss.plan import MemoryPlan, scratch_here
 from mlx_gptoss.roofline import limit_tok_per_s
 from mlx_gptoss.routes import sample_prompt
 from mlx_gptoss.table import EmbeddingPlace
-from mlx_gptoss.transcripts import weights_digest
 
 BENCHMARK, VERSION = "bench", 2  # of the record
 METRICS = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_s")
@@ -93,26 +86,11 @@ def bench(
     """
     checkpoint, load = open_checkpoint(folder), os.getloadavg()[0]
     cases = [Case(depth, batch) for depth, batch in product(depths, batches)]
-    longest = checkpoint.config.max_position_embeddings - answer
-    for case in cases:
-        if case.depth > longest:
-            raise MachineError(
-                f"depth {case.depth}: expected at most {longest}, so that an answer of {answer} "
-                f"tokens has room in the context of {longest + answer}; lower --depths or --answer"
-            )
-        plan = MemoryPlan(
-            config=checkpoint.config,
-            packing=checkpoint.quantization,
-            context=case.depth + answer,
-            batch=case.batch,
-            embedding=embedding,
-            scratch=scratch_here(),
-        )
-        _check_memory(plan, case, compare=compare, machine=machine)
+    _admit(checkpoint, cases, answer, compare=compare, embedding=embedding, machine=machine)
     pressure, began = read_memory_pressure(), time.perf_counter()
     model = load_model(folder, embedding=embedding, kernel_record=kernel_record())
     load_s = time.perf_counter() - began
-    software = _software(model, compare)  # the tree may move on while a long one runs
+    made_with = software(model, compare=compare)  # the tree may move on while a long one runs
     runners: list[Runner] = [OurRunner(model)]
     if compare:
         runners.append(PeerRunner(folder, model))
@@ -132,8 +110,8 @@ def bench(
             "thermal_pressure_after": read_thermal_pressure(),
             "memory_pressure": [pressure, read_memory_pressure()],
         },
-        "software": software,
-        "model": _model(name, checkpoint),
+        "software": made_with,
+        "model": model_facts(name, checkpoint),
         "settings": {
             "depths": list(depths),
             "batches": list(batches),
@@ -145,6 +123,34 @@ def bench(
         "results": results,
         "ratios": list(_ratios(results)) if compare else [],
     }
+
+
+def _admit(
+    checkpoint: Checkpoint,
+    cases: Sequence[Case],
+    answer: int,
+    *,
+    compare: bool,
+    embedding: EmbeddingPlace,
+    machine: Machine,
+) -> None:
+    """Refuse what the context or this machine cannot hold, before anything is loaded."""
+    longest = checkpoint.config.max_position_embeddings - answer
+    for case in cases:
+        if case.depth > longest:
+            raise MachineError(
+                f"depth {case.depth}: expected at most {longest}, so that an answer of {answer} "
+                f"tokens has room in the context of {longest + answer}; lower --depths or --answer"
+            )
+        plan = MemoryPlan(
+            config=checkpoint.config,
+            packing=checkpoint.quantization,
+            context=case.depth + answer,
+            batch=case.batch,
+            embedding=embedding,
+            scratch=scratch_here(),
+        )
+        _check_memory(plan, case, compare=compare, machine=machine)
 
 
 def _check_memory(plan: MemoryPlan, case: Case, *, compare: bool, machine: Machine) -> None:
@@ -257,40 +263,6 @@ def _hold_against_limit(
         result["share_of_limit"] = limit and result["decode_tok_per_s"]["median"] / limit
 
 
-def _commit() -> str | None:
-    """Of the checkout that this package runs from; None where it was installed."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    if run_command((*git, "ls-files", "--error-unmatch", "_version.py")) is None:
-        return None  # git may know a folder above, which is no business of ours
-    return (run_command((*git, "describe", "--always", "--dirty")) or "").strip() or None
-
-
-def _software(model: Model, compare: bool) -> Record:
-    kernels = model.kernels
-    found = {
-        "mlx-gptoss": " ".join(filter(None, (__version__, _commit()))),
-        "mlx": version("mlx"),
-        "python": platform.python_version(),
-        "device": str(mx.default_device()),
-        "kernels": f"{len(kernels.used)} of {len(kernels.functions)}",
-        "kernels not used": "; ".join(sorted(set(kernels.fallbacks.values()))) or "none",
-    }
-    return found | ({"mlx-lm": version("mlx-lm")} if compare else {})
-
-
-def _model(name: str, checkpoint: Checkpoint) -> Record:
-    config: ModelConfig = checkpoint.config
-    return {
-        "name": checkpoint.folder.name if Path(name).is_dir() else name,  # no path is published
-        "digest": weights_digest(checkpoint),
-        "nbytes": checkpoint.nbytes,
-        "dense": (checkpoint.manifest or {}).get("options", {}).get("dense"),
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "experts": config.num_local_experts,
-    }
-
-
 def _ratios(results: Sequence[Record]) -> Iterator[Record]:
     """Ours over the peer's, round by round; above 1 we are faster.
 
@@ -305,18 +277,3 @@ def _ratios(results: Sequence[Record]) -> Iterator[Record]:
                 pairs = zip(ours[metric]["runs"], peer[metric]["runs"], strict=True)
                 metrics[metric] = summary([a / b for a, b in pairs])
             yield {"depth": depth, "batch": batch, **metrics}
-
-
-def file_name(record: Mapping[str, Any]) -> str:
-    """<chip>_<memory>_<model>.json, as records are kept in benchmarks/results.
-
-    What was measured with the embedding in its file has a name of its own.
-    """
-    machine = record["machine"]
-    chip = re.sub(r"\((R|TM)\)|Apple|Processor|CPU|@.*", " ", machine["cpu"] or "")
-    memory = f"{round((machine['memory_bytes'] or 0) / 2**30)}G"
-    model = Path(record["model"]["name"]).name
-    model += " table in file" * (record["settings"].get("embedding") == "file")
-    parts = ("-".join(text.lower().split()) for text in (chip, memory, model))
-    text = "_".join(part or machine["architecture"] for part in parts)
-    return "".join(c if c.isalnum() or c in "_.-" else "-" for c in text) + ".json"

@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from tiny import TinyShape, write_checkpoint
 
 from mlx_gptoss import bench as benchmark
-from mlx_gptoss import machine
+from mlx_gptoss import bench_record, machine
 from mlx_gptoss._version import __version__
-from mlx_gptoss.bench import OURS, PEER, Run, file_name, load_model, sample_prompt, summary
+from mlx_gptoss.bench import OURS, PEER, Run, load_model, sample_prompt, summary
 from mlx_gptoss.bench_plots import Curve, Point, over_depth
+from mlx_gptoss.bench_record import file_name
 from mlx_gptoss.bench_report import as_html
 from mlx_gptoss.bench_runs import OurRunner, PeerRunner, named_arrays, peer_bytes
 from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record, unlike
@@ -274,10 +275,10 @@ def test_kernels_are_counted_where_they_decode(converted):
 def test_a_commit_of_another_project_is_not_ours(monkeypatch):
     """Installed into a folder that git knows, such as an app's own."""
     answers = {"ls-files": None, "describe": "1234567\n"}
-    monkeypatch.setattr(benchmark, "run_command", lambda command: answers[command[3]])
-    assert benchmark._commit() is None
+    monkeypatch.setattr(bench_record, "run_command", lambda command: answers[command[3]])
+    assert bench_record.commit() is None
     answers["ls-files"] = "_version.py\n"
-    assert benchmark._commit() == "1234567"
+    assert bench_record.commit() == "1234567"
 
 
 def test_the_spread_is_how_far_runs_lie_apart():

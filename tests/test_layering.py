@@ -36,6 +36,7 @@ LAYERS = [
         "doctor",
         "verify",
         "roofline",
+        "bench_record",
         "bench_runs",
         "conversation",
         "cache_files",

@@ -105,6 +105,7 @@ def run(
     """Measure MODEL: demo, 20b, 120b, a folder or a hub id."""
     from mlx_gptoss import bench as benchmark
     from mlx_gptoss import bench_text
+    from mlx_gptoss.bench_record import file_name
     from mlx_gptoss.errors import BenchmarkError
     from mlx_gptoss.library import find_model
     from mlx_gptoss.machine import read_machine, read_memory_pressure
@@ -135,7 +136,7 @@ def run(
     forms = {"md": bench_text.as_markdown, "csv": bench_text.as_csv, "json": _json}
     click.echo(forms[form](record))
     if save is not None:
-        _keep(record, save / benchmark.file_name(record), quiet=quiet)
+        _keep(record, save / file_name(record), quiet=quiet)
 
 
 def _keep(record: dict[str, Any], path: Path, *, quiet: bool) -> None:
