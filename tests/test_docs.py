@@ -94,7 +94,8 @@ def test_every_command_parses(line: str) -> None:
     if isinstance(command, click.Group):  # `bench MODEL` means `bench run MODEL`
         known = arguments and arguments[0] in command.commands
         command = command.commands[arguments.pop(0) if known else "run"]
-    with click.Context(command, info_name=name) as context:
+    whole = click.Context(main, **main.context_settings)  # else its help is -h no more
+    with click.Context(command, info_name=name, parent=whole) as context:
         parser = command.make_parser(context)
         options, rest, _ = parser.parse_args([a for a in arguments if a not in ("-h", "--help")])
     wanted = [p for p in command.params if isinstance(p, click.Argument)]
