@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mlx_gptoss import demo, library, memory, model
 from mlx_gptoss.cli import main
 from mlx_gptoss.cli.reply import Printer, Reasoning
 from mlx_gptoss.convert import convert_checkpoint
+from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,3 +327,20 @@ def write_help() -> None:
 
 if __name__ == "__main__":
     write_help()
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_log_is_shown_as_notes(*, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package says while a model loads; quietly, its warnings alone."""
+    log = logging.getLogger("mlx_gptoss")
+
+    def opened(*_: object, **__: object) -> None:
+        log.info("this takes a while")
+        log.warning("this is slow")
+        raise GptOssError("the end")
+
+    monkeypatch.setattr(library, "find_model", opened)
+    options = ["--quiet"] if quiet else []
+    result = CliRunner().invoke(main, ["generate", "-m", "20b", *options, "Hello"])
+    said = [*([] if quiet else ["this takes a while"]), "this is slow", "Error: the end"]
+    assert result.stderr.splitlines() == said

@@ -182,8 +182,11 @@ def test_definitions_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("metal")
-def test_the_check_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Until the kernels, the sizes, MLX or the machine change, or the record is damaged."""
+    caplog.set_level(logging.INFO, "mlx_gptoss")
     record = tmp_path / "store" / "kernels.json"
     calls: list[str] = []
 
@@ -195,6 +198,8 @@ def test_the_check_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert choose("auto", record).fallbacks == {"embed": "it failed: no reason"}
     assert choose("auto", record).fallbacks == {"embed": "it failed: no reason"}
     assert len(calls) == len(KERNELS)
+    said = f"Trying {len(KERNELS)} kernels against their definitions, once on this machine."
+    assert [record.message for record in caplog.records if record.levelname == "INFO"] == [said]
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "another"})
     choose("auto", record)
     assert len(calls) == 2 * len(KERNELS)

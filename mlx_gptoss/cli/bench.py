@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gptoss.cli.console import Progress, note
+from mlx_gptoss.cli.console import Progress, note, show_log
 from mlx_gptoss.cli.options import embedding_option
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def run(
         raise BenchmarkError("--compare: mlx-lm is not installed here; run `pip install mlx-lm`")
     asked = {"depths": _numbers("--depths", depths), "batches": _numbers("--batch", batches)}
     folder, machine = find_model(model), read_machine()
+    show_log(quiet=quiet)
     if save is not None:  # an hour later would be too late
         save.mkdir(parents=True, exist_ok=True)
     if machine.power_source == "Battery Power" or machine.low_power_mode:

@@ -1,5 +1,6 @@
 """What the commands share: notes and progress on stderr, sizes and rates in words."""
 
+import logging
 import os
 import sys
 import time
@@ -24,6 +25,21 @@ def note(text: str, *, quiet: bool = False) -> None:
     """Tell the user something beside the answer."""
     if not quiet:
         click.echo(text, err=True)
+
+
+class _Notes(logging.Handler):
+    """Turns what the package logs into notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
+
+
+def show_log(*, quiet: bool) -> None:
+    """Show what the package logs: warnings, and unless `quiet` what takes its time."""
+    log = logging.getLogger("mlx_gptoss")
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes())
 
 
 def failure(error: Exception) -> str:

@@ -4,6 +4,8 @@ import json
 
 import click
 
+from mlx_gptoss.cli.console import show_log
+
 MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "red")}
 
 
@@ -19,6 +21,7 @@ def doctor(*, as_json: bool) -> None:
     from mlx_gptoss.doctor import Status, diagnose
     from mlx_gptoss.machine import read_machine
 
+    show_log(quiet=as_json)
     machine = read_machine()
     findings = diagnose(machine)
     if as_json:

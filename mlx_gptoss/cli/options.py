@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gptoss.cli.console import note
+from mlx_gptoss.cli.console import note, show_log
 
 if TYPE_CHECKING:
     from mlx_gptoss.sampling import SamplingParams
@@ -132,9 +132,10 @@ def _params(
 
 
 def chosen_model(model: str | None, *, quiet: bool) -> str:
-    """The model asked for, or the demo, said aloud; also that it must be unpacked first."""
+    """The model asked for, or the demo, said aloud; also what will take a while the first time."""
     from mlx_gptoss.library import DEMO, model_store
 
+    show_log(quiet=quiet)
     if model is None:
         note("No --model given: this is the demo, a tiny model to try things out.", quiet=quiet)
     if model in (None, DEMO):

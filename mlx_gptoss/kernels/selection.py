@@ -199,6 +199,7 @@ def checked(
     for key in (own,) if layers else (own, random):
         if key in known:
             return known[key]
+    log.info("Trying %d kernels against their definitions, once on this machine.", len(KERNELS))
     sources = _sources(dtype, dense, layers)
     reasons = {}
     for stem, kernel in KERNELS.items():
