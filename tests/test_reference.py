@@ -14,7 +14,12 @@ from mlx_gptoss.matrix import Matrix, expert_linear
 from mlx_gptoss.moe import CPU_ROWS, GROUP_FROM, MoeWeights, moe_block
 from mlx_gptoss.rope import RopeTable
 
-RNG = np.random.default_rng(0)
+RNG = np.random.default_rng()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order() -> None:
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 def normal(*shape: int) -> mx.array:
