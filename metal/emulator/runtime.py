@@ -10,7 +10,6 @@ from mlx_gptoss.metal.emulator.build import build_runtime
 INSTRUMENTED, REVERSE = 1, 2
 WRITABLE, INITIALISED = 1, 2
 LOAD, STORE = 0, 1
-SYNC_KINDS = ("simd", "matrix", "threadgroup_barrier", "simdgroup_barrier")
 
 _U32, _I32, _U64, _TEXT = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_char_p
 

@@ -9,7 +9,6 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // "
 M, S, X = "mxfp4_rows", "scan", "softmax_looped (MLX)"
 BODY = "  float sum = 0;\n"
 LAST = "  if (lane == 0 && row < rows) y[row]"
-CODES = "*(const device uint4*)(w + (at * blocks + b) * 4)"
 
 MUTANTS = [
     # barriers
