@@ -78,7 +78,7 @@ def _fail(message: str, code: int) -> NoReturn:
 @click.group("mlx-gptoss", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-gptoss")
 def main() -> None:
-    """Run OpenAI's gpt-oss models on a Mac: offline, exact, fast."""
+    """Run OpenAI's gpt-oss models on a Mac: offline and exact."""
 
 
 for _command in (generate, chat, download, convert, info, plan, doctor, verify, bench):
