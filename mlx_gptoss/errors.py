@@ -14,6 +14,7 @@
     ├── SchemaError        a JSON schema that answers cannot be held to
     ├── RuntimeClosedError a runtime was closed, or came into this process by a fork
     ├── MachineError       a request does not fit this machine's memory
+    ├── BenchmarkError     a record of a measurement cannot be read or compared
     ├── KernelError        a Metal kernel was called with what it cannot take
     └── EmulatorError      the Metal emulator found a fault, or cannot run
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 
+from mlx_gptoss import errors
 from mlx_gptoss.cli import main
 from mlx_gptoss.table import PLACES
 
@@ -20,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "AGENTS.md"]
 ALL_TEXT = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
+ENGINES = ("ours", "mlx_lm")
 ENVIRONMENT = {"MLX_GPTOSS_HOME", "MLX_GPTOSS_MODEL"}
 
 
@@ -124,14 +126,18 @@ def record(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks/results" / name).read_text())
 
 
+def golden(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "tests/goldens" / name).read_text())
+
+
 def speedups(name: str, results: Iterable[str] | None = None) -> str:
     """How many times faster ours is, of some results of a record."""
     found = record(name)["results"]
     return ", ".join(f"{found[n]['wall_s']['speedup']['median']:.1f}" for n in results or found)
 
 
-def figures() -> Iterator[str]:
-    """What the README says, made anew from the records that it names."""
+def measured() -> Iterator[str]:
+    """What the README says of times and memory, made anew from the records that it names."""
     harmony, schemas = record("harmony_linux.json"), record("schemas_linux.json")["outcomes"]
     ours, peer = (harmony[name]["cpu"]["median"] for name in ("parse", "parse, openai-harmony"))
     yield f"| {ours:.1f} us | openai-harmony, in Rust: {peer:.1f} us |"
@@ -156,15 +162,9 @@ def figures() -> Iterator[str]:
     yield f"| {min(agree)} of {len(next(iter(tries)))} |"
     together = record("batch_linux.json")["results"]["demo"]["8"]["wall_s"]["over_one"]["median"]
     yield f"over those of one | {together:.1f} |"
-    step = record("decode_card_20b_q8.json")["steps_of_turns"]["8"]
-    kernels, megabytes = step["kernels_per_step"], step["bytes_per_token"]["1024"] / 1e6
-    yield f"| {kernels}, {step['dependent_dispatches']}, {megabytes:,.0f} |"
-    [experts] = [
-        line["mb"]
-        for line in record("batch_card.json")["rows"]
-        if (line["model"], line["operation"], line["rows"]) == ("20b", "experts", 8)
-    ]
-    yield f"| {experts['grouped']:.0f}, {experts['rows']:.0f} | MLX's kernel: {experts['mlx']:.0f} "
+    [conversion] = record("convert_full20b.json")["rows"]
+    peak, ratio = (conversion[n] for n in ("peak_gib_above_interpreter", "convert_over_copy"))
+    yield f"| {peak['median']:.2f} GiB; {ratio['median']:.2f} |"
     [demo] = [
         result["decode_tok_per_s"]["median"]
         for result in record("intel-xeon_24g_demo.json")["results"]
@@ -173,7 +173,48 @@ def figures() -> Iterator[str]:
     yield f"the demo decodes {demo:.0f} tokens a second"
 
 
-@pytest.mark.parametrize("figure", list(figures()))
+def counted() -> Iterator[str]:
+    """What it says of kernels, bytes and instructions."""
+    card, larger = (record(f"decode_card_{model}_q8.json") for model in ("20b", "120b"))
+    ours, peers = ([c[who]["kernels_per_token"] for c in (card, larger)] for who in ENGINES)
+    yield f"| {ours[0]}, {ours[1]} | mlx-lm: {peers[0]}, {peers[1]:,} |"
+    ours, peers = ([c["kernels_per_chunk_of_512"][who] for c in (card, larger)] for who in ENGINES)
+    yield f"| {ours[0]}, {ours[1]} | mlx-lm: {peers[0]:,}, {peers[1]:,} |"
+    step = card["steps_of_turns"]["8"]
+    kernels, megabytes = step["kernels_per_step"], step["bytes_per_token"]["1024"] / 1e6
+    yield f"| {kernels}, {step['dependent_dispatches']}, {megabytes:,.0f} |"
+    guided = record("guided_linux.json")
+    median, slow = guided["masks"]["median_ms"], guided["masks"]["p99_ms"]
+    yield f"| {guided['kernels']['whole']}; {median:.1f} ms, {slow:.1f} ms |"
+    [experts] = [
+        line["mb"]
+        for line in record("batch_card.json")["rows"]
+        if (line["model"], line["operation"], line["rows"]) == ("20b", "experts", 8)
+    ]
+    yield f"| {experts['grouped']:.0f}, {experts['rows']:.0f} | MLX's kernel: {experts['mlx']:.0f} "
+    counts = golden("instructions.json")["kernels"]
+    gate, down, key = (counts[n] for n in ("experts_swiglu", "experts_down", "attention_decode"))
+    ptx, apple = (f"{gate[count]:.0f}, {down[count]:.0f}" for count in ("ptx", "apple"))
+    yield f"| {ptx}; {apple}; {gate['budget']} |"
+    yield f"| {key['ptx']:,.0f}; {key['apple']:,.0f}; {key['budget']:,} |"
+
+
+def of_goldens() -> Iterator[str]:
+    """What it says of figures that the tests hold the code to."""
+    parity = golden("parity.json")
+    difference = parity["short"]["mlx-lm float32"]["max_difference"]
+    yield f"| mlx-lm {parity['versions']['mlx_lm']}: {difference:.2f} |"
+    late = parity["long"]["mlx-lm float32, by position"]["4096-6000"]["top1"]
+    yield f"| 100 % | mlx-lm: {100 * late:.0f} % |"
+    theirs, peers = (parity["short"][f"{who} bfloat16"]["kl"] for who in ("transformers", "mlx-lm"))
+    yield f"| yes | mlx-lm: {peers / theirs:.1f} times theirs |"
+    for model in ("20b", "120b"):
+        rows = (f"{stem} plain, {model}" for stem in ("experts_swiglu", "experts_down"))
+        gate, down = (golden("traffic.json")[row]["distinct_sectors_ratio"] for row in rows)
+        yield f"{model}: {gate:.2f}, {down:.2f}"
+
+
+@pytest.mark.parametrize("figure", [*measured(), *counted(), *of_goldens()])
 def test_figures_are_those_of_the_records(figure: str) -> None:
     assert figure in README, "a record was made anew: say so in the README"
 
@@ -189,8 +230,21 @@ def test_the_variables_that_are_read_are_the_ones_told() -> None:
     folders = ("mlx_gptoss", "convert", "metal")
     sources = [path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py")]
     read = set(re.findall(r'"(MLX_GPTOSS_\w+)"', "\n".join(sources)))
-    assert read == ENVIRONMENT, "a fourth variable is one too many"
+    assert read == ENVIRONMENT, "a third variable is one too many"
     assert set(re.findall(r"MLX_GPTOSS_\w+", README)) == read
+
+
+def test_the_log_has_the_newest_first() -> None:
+    log = (ROOT / "benchmarks/LOG.md").read_text()
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d) ", log, re.MULTILINE)
+    assert len(dates) > 10
+    assert dates == sorted(dates, reverse=True)
+
+
+def test_the_tree_of_errors_is_complete() -> None:
+    assert errors.__doc__
+    told = re.findall(r"[├└]── (\w+)", errors.__doc__)
+    assert set(told) == {error.__name__ for error in errors.GptOssError.__subclasses__()}
 
 
 @pytest.mark.parametrize(("document", "limit"), [("README.md", 250), ("AGENTS.md", 60)])
