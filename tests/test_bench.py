@@ -1,4 +1,4 @@
-"""Measurements: what is in a record, how records compare, and how they are shown."""
+"""Measurements: how they are made, what is in their record, and how it is shown."""
 
 import dataclasses
 import itertools
@@ -8,39 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_samples import M4_PRO, measured_on_a_mac
 from click.testing import CliRunner
 from tiny import TinyShape, write_checkpoint
 
 from mlx_gptoss import bench as benchmark
-from mlx_gptoss import bench_record, machine
+from mlx_gptoss import machine
 from mlx_gptoss._version import __version__
 from mlx_gptoss.bench import OURS, PEER, Run, load_model, sample_prompt, summary
 from mlx_gptoss.bench_plots import Curve, Point, over_depth
 from mlx_gptoss.bench_record import file_name
 from mlx_gptoss.bench_report import as_html
 from mlx_gptoss.bench_runs import OurRunner, PeerRunner, named_arrays, peer_bytes
-from mlx_gptoss.bench_text import as_csv, as_markdown, difference, read_record, unlike
+from mlx_gptoss.bench_text import as_csv, as_markdown, unlike
 from mlx_gptoss.cli import main
 from mlx_gptoss.convert import convert_checkpoint
-from mlx_gptoss.errors import BenchmarkError, MachineError
+from mlx_gptoss.errors import MachineError
 from mlx_gptoss.kernels.selection import all_kernels
-from mlx_gptoss.machine import Machine
 from mlx_gptoss.plan import MemoryPlan, scratch_here
 
 SMALL = TinyShape(layers=2, hidden=128, inter=96, q_heads=12, kv_heads=3, experts=12, vocab=640)
-M4_PRO = Machine(
-    system="Darwin",
-    architecture="arm64",
-    os_version="26.2",
-    cpu="Apple M4 Pro",
-    cpu_cores=14,
-    gpu_cores=20,
-    memory_bytes=48 * 2**30,
-    wired_limit_bytes=40 * 2**30,
-    power_source="AC Power",
-    low_power_mode=True,
-    thermal_pressure="heavy",
-)
 
 
 @pytest.fixture(scope="module")
@@ -272,27 +259,6 @@ def test_kernels_are_counted_where_they_decode(converted):
     assert counted[1] >= counted[0] + 2 * (1 + 2)
 
 
-def test_a_commit_of_another_project_is_not_ours(monkeypatch):
-    """Installed into a folder that git knows, such as an app's own."""
-    answers = {"ls-files": None, "describe": "1234567\n"}
-    monkeypatch.setattr(bench_record, "run_command", lambda command: answers[command[3]])
-    assert bench_record.commit() is None
-    answers["ls-files"] = "_version.py\n"
-    assert bench_record.commit() == "1234567"
-
-
-def test_the_spread_is_how_far_runs_lie_apart():
-    """Of made-up measurements, 19 of 20 pairs of runs are no further apart than it says."""
-    import numpy as np
-
-    runs = np.random.default_rng(5).normal(100, 3, (4000, 7))
-    spreads = [summary(list(some[:5]))["spread"] for some in runs]
-    assert 0.94 <= np.mean(np.abs(runs[:, 5] - runs[:, 6]) <= np.array(spreads)) <= 0.96
-    assert summary([3.0]) == {
-        "median": 3.0, "mean": 3.0, "sd": 0.0, "spread": None, "runs": [3.0]
-    }  # fmt: skip
-
-
 def test_text_forms(record):
     text = as_markdown(record)
     assert (
@@ -307,45 +273,6 @@ def test_text_forms(record):
     assert file_name(record | {"machine": linux}) == "intel-xeon_24g_tiny.json"
     unknown = {"cpu": None, "memory_bytes": None, "architecture": "riscv64"}
     assert file_name(record | {"machine": unknown}) == "riscv64_0g_tiny.json"
-
-
-def made_up(*runs: float, depth: int = 512, batch: int = 1) -> dict:
-    result = {name: summary(runs) for name in benchmark.METRICS}
-    case = {"engine": OURS, "depth": depth, "batch": batch}
-    return {"version": benchmark.VERSION, "results": [{**case, **result}]}
-
-
-def test_difference_knows_noise_from_change():
-    rows = difference(made_up(10, 11, 12), made_up(10.2, 11.2, 12.2))
-    assert [row["significant"] for row in rows] == [False] * 3
-    rows = difference(made_up(10), made_up(20))
-    assert [row["significant"] for row in rows] == [False] * 3  # one run says nothing
-    rows = difference(made_up(10, 11, 12), made_up(20, 21, 22))
-    assert [(row["significant"], row["ratio"]) for row in rows] == [(True, 21 / 11)] * 3
-
-
-def test_records_with_nothing_in_common():
-    for other in (made_up(1, 2, depth=513), made_up(1, 2, batch=2)):
-        with pytest.raises(BenchmarkError, match="no engine, depth and batch in common"):
-            difference(made_up(1, 2), other)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "cannot be read: No such file"),
-        ("{", "expected the JSON of `bench --save`"),
-        ("[1]", "expected a record of version 2, got None; measure again"),
-        ('{"version": 99}', "expected a record of version 2, got 99; measure again"),
-        ('{"version": 2}', "a field is missing or wrong: 'meanwhile'|'machine'"),
-    ],
-)
-def test_damaged_records(tmp_path, content, message):
-    path = tmp_path / "a.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(BenchmarkError, match=message):
-        read_record(path)
 
 
 def test_the_command(converted, tmp_path, monkeypatch):
@@ -420,24 +347,6 @@ def test_mistakes_are_found_before_anything_is_measured(converted, tmp_path, mon
     assert wrong.exit_code == 2 and "--batch: expected numbers from 1" in wrong.stderr
 
 
-def measured_on_a_mac(*, depth: int, decode: float, layers: int = 24, experts: int = 32) -> dict:
-    """A made-up record of the 20b on an M4 Pro."""
-    result = made_up(decode, decode, depth=depth)["results"][0]
-    result |= {"share_of_limit": 0.7, "limit_tok_per_s": 73.0, "peak_memory_bytes": 15e9}
-    model = {"name": "<20b>", "digest": None, "layers": layers, "hidden": 2880, "experts": experts}
-    return {
-        "benchmark": "bench",
-        "version": 2,
-        "date": "2026-11-21T20:00:00+00:00",
-        "machine": dataclasses.asdict(M4_PRO),
-        "meanwhile": {"load_average": [1.0, 2.0], "thermal_pressure_after": "heavy"},
-        "software": {"mlx": "0.32.4"},
-        "settings": {"answer": 64},
-        "model": model | {"dense": "bf16", "nbytes": 13_800_000_000},
-        "results": [result | {"dispatches": {"per_step": 159, "in_a_chain": 159}}],
-    }
-
-
 def test_the_report_shows_measurements_beside_predictions(record):
     from xml.etree import ElementTree
 
@@ -463,20 +372,3 @@ def test_the_report_shows_measurements_beside_predictions(record):
     other = as_html([measured_on_a_mac(depth=1024, decode=9, layers=2)])
     assert "depth 1024, batch 1" not in other.split("Every record")[0]  # of no published model
     assert "0 records." in as_html([])
-
-
-def test_the_report_command(tmp_path, monkeypatch):
-    path, page = tmp_path / "a.json", tmp_path / "page.html"
-    path.write_text(json.dumps(measured_on_a_mac(depth=2048, decode=40)))
-    result = CliRunner().invoke(main, ["bench", "report", str(path), "-o", str(page)])
-    assert result.exit_code == 0 and result.stdout.strip() == str(page)
-    assert "depth 2048, batch 1: 40 ± 0 tok/s" in page.read_text()
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["bench", "report"])
-    assert result.exit_code == 1 and "benchmarks/results: no such folder here" in result.stderr
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    (results / "decode.json").write_text('{"benchmark": "decode"}')  # another program's
-    path.rename(results / path.name)
-    assert CliRunner().invoke(main, ["bench", "report"]).exit_code == 0
-    assert "1 record." in (tmp_path / "bench.html").read_text()
