@@ -160,6 +160,24 @@ def test_an_engine_of_emulated_kernels(guide: type[Following] | None) -> None:
     assert len(launched[decoding:]) == 7 * (6 + 7 + 3)
 
 
+def test_what_is_dropped_holds_no_logits() -> None:
+    """The logits of each turn that ended held those of its whole batch."""
+    one = engine()
+    turns = [one.generate([n, 5], sampling=SAMPLINGS[0], guide=Following()) for n in range(8)]
+    for ending in turns:
+        going = [turn for turn in turns if turn.finish is None]
+        one.launch(going)
+        for turn in going:
+            next(turn)
+        ending.close()
+    mx.synchronize()
+    del turns, going, turn, ending
+    held = mx.get_active_memory()
+    assert len(one.dropped) == 2 * 8
+    one.dropped.clear()
+    assert held - mx.get_active_memory() < 4 * VOCAB
+
+
 def test_a_guide_is_asked_while_the_layers_run() -> None:
     """The token it has seen last was fed before; but not where that merges."""
     one = engine(definitions_as_kernels())
