@@ -55,9 +55,9 @@ class Scratch:
 
 
 # Measured with `mx.get_peak_memory` on the CPU, on models of 64 to 2880 columns, chunks of 128 to
-# 512 tokens. The CPU took experts in blocks of 32 tokens (8 now, which hold less). Metal takes them
-# all together, as the CPU did when its row was measured, and its fused attention holds no scores in
-# full layers.
+# 512 tokens. The CPU took experts in blocks of 32 tokens then, and holds less since they are of
+# `moe.CPU_ROWS`. Metal takes them all together, as the CPU did when its row was measured, and its
+# fused attention holds no scores in full layers.
 ON_CPU = Scratch(hidden=14.2, inter=17.4, window=3.7, full=2.2, full_most=9, append=0)
 ON_METAL = Scratch(hidden=39, inter=32, window=4.5, full=0, full_most=0, append=3)
 
