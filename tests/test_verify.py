@@ -30,8 +30,6 @@ from mlx_gptoss.verify import Check, Outcome
 
 SMALL = TinyShape(layers=2, hidden=128, inter=96, q_heads=12, kv_heads=3, experts=12, vocab=640)
 
-NAMES = "files constants rotation layers products kernels routes answer".split()
-
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
