@@ -142,5 +142,5 @@ class Intake:
             self._owner.check()
             if not task.outbox.cancelled:
                 self._guide(task, rules)
-        except Exception as error:  # nobody looks at this thread: whoever reads is told
+        except BaseException as error:  # a panic in Rust, too: nobody else would tell the reader
             task.outbox.put(error)

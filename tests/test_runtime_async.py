@@ -31,7 +31,7 @@ class FreeGuide:
 
     begun, ready = threading.Event(), threading.Event()
     compiled: list["FreeGuide"]
-    fault: Exception | None
+    fault: BaseException | None
 
     def __init__(self, rules: Any) -> None:
         self.begun.set()
@@ -106,6 +106,25 @@ def test_a_schema_that_cannot_be_held_is_told_where_it_is_awaited(
     asyncio.run(use())
     with pytest.raises(SchemaError, match="times: no such schema"):
         runtime.stream("Hi", response_format=TIMES)
+
+
+class PanicException(BaseException):
+    """As what Rust raises where it gives up is called, which is no `Exception`."""
+
+
+def test_a_compiler_that_panics_is_told(
+    answering: tuple[Runtime, scripted.ScriptedModel], compiling: type[FreeGuide]
+) -> None:
+    """The executor kept it to itself, and whoever read the turn waited for ever."""
+    runtime, _ = answering
+    compiling.fault = PanicException("index out of bounds")
+    compiling.ready.set()
+
+    async def use() -> None:
+        with pytest.raises(PanicException, match="index out of bounds"):
+            await asyncio.wait_for(runtime.arespond("Hi", response_format=TIMES), 30)
+
+    asyncio.run(use())
 
 
 def test_a_turn_cancelled_while_its_schema_is_compiled_never_begins(
