@@ -6,8 +6,9 @@ anybody. Only files of the model's own identity are looked at: the same weights,
 kernels and machine. The others age and go.
 
 Files are found, read and written in threads of their own, not in the one that owns the model: the
-disk holds up nobody but the turn that begins with what is read. What goes wrong with the
-disk is a warning, never an error: the tokens are computed anew.
+disk holds up nobody but the turn that begins with what is read, and all of them where what waits to
+be written leaves no memory for the next. What goes wrong with the disk is a warning, never an
+error: the tokens are computed anew.
 """
 
 import contextlib
