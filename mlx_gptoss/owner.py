@@ -11,6 +11,7 @@ then it goes on to its end, or a stream that nobody reads would make them wait f
 MLX keeps a default stream for each thread, so even loading happens here.
 """
 
+import atexit
 import contextlib
 import gc
 import logging
@@ -90,7 +91,13 @@ class Owner:
             target=self._main, args=(load, loaded), name="mlx-gptoss", daemon=True
         )
         self._thread.start()
-        loaded.result()
+        try:
+            loaded.result()
+        except BaseException:
+            self._closed = True  # also if this was interrupted: nobody has the model then
+            self.wake()
+            raise
+        atexit.register(self.close)  # else Python would end the thread amid MLX, and abort
 
     def wake(self) -> None:
         """Make the thread look around; takes no lock, so that a finalizer may call it."""
@@ -130,18 +137,19 @@ class Owner:
         self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            atexit.unregister(self.close)
 
     def _main(self, load: Callable[[], Engine], loaded: "Future[None]") -> None:
         try:
             engine = load()
             files = self._files(engine.model) if self._files else None
+            self._prefixes = PrefixCache(
+                engine.model.make_cache, budget_bytes=self._cache_bytes, files=files
+            )
         except BaseException as error:
             self._closed = True
             loaded.set_exception(error)
             return
-        self._prefixes = PrefixCache(
-            engine.model.make_cache, budget_bytes=self._cache_bytes, files=files
-        )
         loaded.set_result(None)
         try:
             while not self._closed:
@@ -250,16 +258,19 @@ class Owner:
         """Tell everybody who waits."""
         with self._lock:
             self._closed = True
-        for running in self._running:
-            running.turn.generation.close()
-            running.task.outbox.put(self._ended())
-        self._running.clear()
         with contextlib.suppress(Empty):
             while True:
                 if item := self._inbox.get(block=False):
                     self._waiting.append(item)
-        for task in (*(arriving.task for arriving in self._arriving), *self._waiting):
+        begun = (one.task for one in (*self._running, *self._arriving))
+        for task in (*begun, *self._waiting):
             task.outbox.put(self._ended())
         self._arriving.clear()
         self._waiting.clear()
-        mx.synchronize()
+        try:
+            for running in self._running:
+                running.turn.generation.close()
+            mx.synchronize()
+        except Exception:  # of the device; everybody is told, and the rest is to be freed
+            log.exception("the runtime could not end the work that was begun")
+        self._running.clear()
