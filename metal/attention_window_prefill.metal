@@ -57,6 +57,7 @@ METAL_FUNC void attention_window_prefill(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int low = int(max(token + 1, begin) - start), high = int(token + WINDOW - start);  // rows that are seen
+    const uint count = max(high - low + 1, 0);  // padding sees none
     float2 scores[4], best = state.top;
     UNROLL for (int i = 0; i < 4; i++) {
       if (8 * i + 7 < low || 8 * i > high) continue;
@@ -65,7 +66,7 @@ METAL_FUNC void attention_window_prefill(
       const threadgroup uint4* own = tiles + row * Rows::stride + state.pair * 8 / Rows::each;
       Rows::load(own, x);
       Rows::load(own + 32 / Rows::each, x + 8);
-      scores[i] = state.score(x, uint(row - low) <= uint(high - low));
+      scores[i] = state.score(x, uint(row - low) < count);
       best = max(best, scores[i]);
     }
     state.raise(best);

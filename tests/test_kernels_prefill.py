@@ -104,6 +104,18 @@ def test_window_of_chunks(tokens: int, offset: int, order: Any) -> None:
     assert max(found) <= 1, found
 
 
+def test_padding_sees_nothing() -> None:
+    """Rows that begin within the chunk and after it; what comes later is not the padding's."""
+    given = window_inputs(41, 200)
+    for name in ("q", "keys", "values"):
+        given[name] = mx.repeat(given[name], 9, axis=0)
+    given["start"] = mx.array([0, 104, 199, 200, 201, 230, 240, 241, 400], mx.int32)
+    for order in ("forward", "reverse"):
+        with emulate(order=order):
+            found = compare(KERNELS["attention_window_prefill"], given)
+        assert max(found) <= 1, found
+
+
 @pytest.mark.parametrize("distance", [126, 127, 128, -1])
 def test_window_edge(distance: int) -> None:
     """A key 127 positions back is seen, one of 128 is not, nor one of the future."""
