@@ -5,7 +5,8 @@
 // Output:    blocks (M,8) i32: expert, count, 4 pairs, 0, 0; pairs past the count repeat the first, blocks past the last
 //            are 0; choice (B,CHOSEN,2) f32: expert and share
 // Grid:      one threadgroup of a simdgroup a row, 32 at most: it chooses for its rows, then a thread finds the place of
-//            a pair by counting. 128 pairs are too few to sort by more than one core.
+//            a pair by counting. 128 pairs are too few to sort by more than one core. The rows are no constant: a turn
+//            that comes or goes must not compile a kernel.
 // Numerics:  the shares of choose.h, bit for bit.
 // Requires:  a thread for each pair; E < 2^24; M large enough for any choice; checked in kernels.expert_groups.
 // Used when: a batch is so large that its rows share experts, see kernels/batches.py.
@@ -16,7 +17,7 @@
 template <int E, int CHOSEN>
 METAL_FUNC void expert_groups(
     const device float* logits, device int* blocks, device float* choice, threadgroup uint* experts,
-    threadgroup uint* ranks, uint rows, uint most, uint thread_id, uint lane, uint group) {
+    threadgroup uint* ranks, uint rows, uint thread_id, uint lane, uint group) {
   for (uint b = group; b < rows; b += min(rows, 32u)) {
     uint own[CHOSEN];
     float shares[CHOSEN];
@@ -30,7 +31,7 @@ METAL_FUNC void expert_groups(
       }
     }
   }
-  const uint pairs = rows * CHOSEN;
+  const uint pairs = rows * CHOSEN, begun = min(pairs, uint(E)), most = begun + (pairs - begun) / 4;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const uint expert = experts[min(thread_id, pairs - 1)];
   uint rank = 0, count = 0;  // pairs of this expert before this one, and in all

@@ -15,8 +15,12 @@ import pytest
 
 from benchmarks.instructions import PUBLISHED, metal_text, without_products
 from mlx_gptoss.errors import KernelError
+from mlx_gptoss.kernels import prompt_cases
+from mlx_gptoss.kernels.attention import splits_for
+from mlx_gptoss.kernels.batches import EXACT_ROWS
 from mlx_gptoss.kernels.inputs import Dense, Inputs, Sizes
 from mlx_gptoss.kernels.registry import KERNELS
+from mlx_gptoss.kernels.trials import trials
 from mlx_gptoss.metal.emulator import check_strict, ptx
 
 METAL = Path(__file__).resolve().parent.parent / "metal"
@@ -84,6 +88,31 @@ def test_address_spaces(stem: str, dtype: str, dense: Dense) -> None:
         assert {name for name in found if not name.endswith("_shape")} == expected
         if rows == 1 or constants - SCALARS:
             check_strict(text, name)
+
+
+OF_PROMPTS = {stem for stem in KERNELS if hasattr(prompt_cases, stem)}
+OF_PAIRS = {"expert_dispatch", "sum_pairs", "swiglu_pairs"}  # from `moe.GROUP_FROM` pairs on
+
+
+@pytest.mark.parametrize("stem", KERNELS)
+def test_what_a_model_launches_was_tried(stem: str) -> None:
+    """No number of turns, tokens or positions makes a source that the first-use check never ran."""
+
+    def source(sizes: Sizes) -> str:
+        return metal_text(stem, sizes, "bfloat16", "plain")[1]
+
+    asked: list[dict[str, int]] = [{"batch": batch} for batch in range(1, EXACT_ROWS + 1)]
+    if stem in OF_PROMPTS:
+        asked = [
+            {"batch": batch, "tokens": tokens}
+            for batch in (1, 2, 7, 8, 9)
+            for tokens in (1, 2, 4, 5, 7, 16, 130, 512)
+            if tokens >= 16 or stem not in OF_PAIRS
+        ]
+    asked += [{"capacity": capacity, "splits": splits_for(capacity)} for capacity in (512, 131072)]
+    tried = {source(sizes) for sizes in trials(stem, PUBLISHED)}
+    unlike = [one for one in asked if source(replace(PUBLISHED, **one)) not in tried]
+    assert not unlike
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas: registers cannot be counted")

@@ -14,6 +14,7 @@ from mlx_gptoss.matrix import Matrix
 BLOCK = 4  # pairs of a block: two for each of two sets of simdgroups
 SINGLE = ("experts_swiglu", "experts_down")  # of the same bits, row by row
 GROUPED = ("expert_groups", "experts_down_grouped", "experts_sum", "experts_swiglu_grouped")
+MOST_PAIRS = 1024  # threads of the one threadgroup that orders them
 COLUMNS = 8  # of a block: expert, count, pairs, padding
 
 
@@ -42,9 +43,9 @@ def expert_groups(logits: mx.array, *, chosen: int) -> tuple[mx.array, mx.array]
     require(stem, pairs <= 32 * simds, "pairs", f"at most {32 * simds}", pairs)
     most = most_blocks(pairs, experts)
     body = (
-        f"threadgroup uint experts[{pairs}];\nthreadgroup uint ranks[{pairs}];\n"
-        f"expert_groups<{experts}, {chosen}>(logits, blocks, choice, experts, ranks, {batch}, "
-        f"{most}, $thread_id, $lane, $group);"
+        f"threadgroup uint experts[{MOST_PAIRS}];\nthreadgroup uint ranks[{MOST_PAIRS}];\n"
+        f"expert_groups<{experts}, {chosen}>(logits, blocks, choice, experts, ranks, "
+        "logits_shape[0], $thread_id, $lane, $group);"
     )
     blocks, choice = launch(
         stem,

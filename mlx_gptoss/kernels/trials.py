@@ -41,10 +41,11 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         _context(256, base, slot, batch=batch)
         for base, slot, batch in ((0, 0, 1), (40, 127, 1), (128, 0, 1), (1000, 77, 2))
     ],
-    # a first chunk, one in the middle, and an odd tail of two rows, one of them padded
+    # a first chunk, one in the middle, an odd tail of two rows, one of them padded, and eight rows,
+    # whose beginnings MLX passes otherwise than those of fewer
     "attention_window_prefill": [
         {"batch": batch, "base": base, "tokens": tokens}
-        for batch, base, tokens in ((1, 0, 512), (1, 512, 256), (2, 110, 67))
+        for batch, base, tokens in ((1, 0, 512), (1, 512, 256), (2, 110, 67), (8, 300, 33))
     ],
     "embed": _rows(1, 8),  # MLX passes fewer than 8 tokens otherwise than more
     "expert_dispatch": [{"tokens": 16}, {"tokens": 67}, {"tokens": 512}],
