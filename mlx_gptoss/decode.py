@@ -116,7 +116,9 @@ class Decoder:
         """
         decodings = self._gathered(decodings)
         late = [one for one in decodings if not one.is_fed]
-        if len(late) == len(decodings):
+        # Beside a guide the parts are taken even where none was fed ahead, as before a merge: the
+        # whole would be traced for that step alone.
+        if len(late) == len(decodings) and all(one.allowed is None for one in decodings):
             _launch(decodings, self._stepped(decodings))
             return
         if late:

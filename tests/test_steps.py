@@ -10,6 +10,7 @@ import pytest
 from tiny import TinyShape
 from weights import tiny_model
 
+from mlx_gptoss.decode import Decoder
 from mlx_gptoss.decode_state import ROWS
 from mlx_gptoss.engine import Engine, Finish
 from mlx_gptoss.kernels.registry import KERNELS
@@ -178,8 +179,12 @@ def test_what_is_dropped_holds_no_logits() -> None:
     assert held - mx.get_active_memory() < 4 * VOCAB
 
 
-def test_a_guide_is_asked_while_the_layers_run() -> None:
-    """The token it has seen last was fed before; but not where that merges."""
+def test_a_guide_is_asked_while_the_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token it has seen last was fed before; but not where that merges.
+
+    There the step was traced a second time, as a whole.
+    """
+    monkeypatch.setattr(Decoder, "_stepped", None)
     one = engine(definitions_as_kernels())
     guide = Following(lambda: one._decoder.traces if one._decoder else 0)
     count = ROWS + 4
