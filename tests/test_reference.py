@@ -36,9 +36,6 @@ def assert_close(got: mx.array, expected: np.ndarray, case: str, *, atol: float 
     assert difference.max() <= atol, f"{case}: max {difference.max():.2e} mean {difference.mean()}"
 
 
-# ---- norm
-
-
 def test_norm_weight_multiplies_before_the_cast() -> None:
     """mx.fast.rms_norm on bfloat16 rounds first: a quarter of its outputs are off by one unit."""
     x, weight = normal(7, 2880).astype(mx.bfloat16), (normal(2880) + 1).astype(mx.bfloat16)
@@ -54,9 +51,6 @@ def test_eps_is_inside_the_root() -> None:
     x, weight = mx.full((1, 64), 1e-3), mx.ones((64,))
     got = reference.rms_norm(x, weight, eps=1e-5)
     assert_close(got, np.full((1, 64), 1e-3 / np.sqrt(1e-6 + 1e-5)), "tiny input")
-
-
-# ---- attention
 
 
 def attention_by_hand(q, k, v, sinks, *, scale: float, seen: np.ndarray) -> np.ndarray:
@@ -210,9 +204,6 @@ def test_projections_and_rotation() -> None:
         assert_close(got, plain, "turned" if turned else "not turned", atol=1e-5)
 
 
-# ---- experts
-
-
 def test_softmax_comes_after_the_choice() -> None:
     x, norm, router = normal(9, 64), mx.ones((64,)), Matrix(weight=normal(7, 64), bias=normal(7))
     y, experts, weights = reference.route(x, norm, router, chosen=3, eps=1e-5)
@@ -355,9 +346,6 @@ def test_experts_are_weighed_and_summed_in_float32() -> None:
     assert (wide(got) != rounded).mean() < 1e-3
     narrow = (y * shares[..., None].astype(mx.bfloat16)).sum(1) + residual
     assert (wide(narrow) != rounded).mean() > 0.2
-
-
-# ---- dense weights
 
 
 def test_packed_weights_meet_float32_on_the_cpu() -> None:
