@@ -210,6 +210,24 @@ def test_the_check_runs_once(
 
 
 @pytest.mark.usefixtures("metal")
+def test_a_failure_on_record_says_how_to_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have been for want of memory, once."""
+    record, reasons = tmp_path / "kernels.json", {"embed": "it differs by 9 times the tolerance"}
+    monkeypatch.setattr(selection, "checked", lambda *_, **__: dict(reasons))
+    choose("auto", record)
+    reasons["embed"] = "it failed: [malloc] Unable to allocate 8 bytes."
+    choose("auto", record)
+    first, second = caplog.messages
+    assert str(record) not in first
+    assert second.endswith(f"Unable to allocate 8 bytes. (delete {record} to try again)")
+    record.write_text("{}")
+    with pytest.raises(KernelError, match=r"delete .*kernels.json to try again"):
+        choose("on", record)
+
+
+@pytest.mark.usefixtures("metal")
 def test_a_record_that_cannot_be_kept_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

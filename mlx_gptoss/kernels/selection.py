@@ -36,6 +36,7 @@ log = logging.getLogger("mlx_gptoss")
 
 Choice = Literal["auto", "on", "off"]
 FLOAT16_LARGEST = 65504  # experts_swiglu keeps 16-bit inputs as float16
+FAILED = "it failed"
 NO_METAL = "this machine has no Metal device"
 # What differs is tried with other numbers: where two tokens or experts are equal but for rounding,
 # a right kernel may choose the other one, in about one of 100 checks.
@@ -135,6 +136,8 @@ def choose_kernels(
     chosen = KernelSet.of(fallbacks)
     if chosen.fallbacks:
         text = "; ".join(f"{stem}: {why}" for stem, why in chosen.fallbacks.items())
+        if record is not None and FAILED in text:  # for want of memory, perhaps
+            text += f" (delete {record} to try again)"
         if choice == "on":
             raise KernelError(f'kernels="on": {text}; use "auto" to run these without a kernel')
         log.warning("kernels that run as plain MLX here: %s", text)
@@ -237,7 +240,7 @@ def disagreement(kernel: Kernel, sizes: Sizes, *, sources: Sequence[Source]) -> 
             )
         except Exception as error:  # whatever Metal's compiler or driver says: it costs a warning
             text = str(error).splitlines()
-            return f"it failed: {text[0] if text else type(error).__name__}"
+            return f"{FAILED}: {text[0] if text else type(error).__name__}"
         if worst <= MOST_EXCESS:
             return ""
     return f"it differs by {worst:.3g} times the tolerance"
