@@ -79,12 +79,17 @@ def test_a_failing_kernel_falls_back_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError("[metal::Device] Unable to build metal library\nprogram_source:3:1")
+        raise RuntimeError(
+            "[metal::Device] Unable to build metal library\nprogram_source:2:1: warning: unused\n"
+            "simd.h:3:1: error: no such type\n  bfloat x;\nsimd.h:4:1: error: no such name"
+        )
 
     replaced("route", fails, monkeypatch)
     with caplog.at_level(logging.WARNING, "mlx_gptoss"):
         chosen = choose("auto")
-    reason = "it failed: [metal::Device] Unable to build metal library"
+    reason = (
+        "it failed: [metal::Device] Unable to build metal library simd.h:3:1: error: no such type"
+    )
     assert chosen.fallbacks == {"route": reason}
     assert chosen.route is KERNELS["route"].define
     assert chosen.embed is KERNELS["embed"].launch

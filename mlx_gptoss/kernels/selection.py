@@ -239,11 +239,16 @@ def disagreement(kernel: Kernel, sizes: Sizes, *, sources: Sequence[Source]) -> 
                 for excess in compare(kernel, kernel.case(source(asked, seed=seed)))
             )
         except Exception as error:  # whatever Metal's compiler or driver says: it costs a warning
-            text = str(error).splitlines()
-            return f"{FAILED}: {text[0] if text else type(error).__name__}"
+            return f"{FAILED}: {_told(error)}"
         if worst <= MOST_EXCESS:
             return ""
     return f"it differs by {worst:.3g} times the tolerance"
+
+
+def _told(error: Exception) -> str:
+    """The first line of an error, and of a compiler's the first that says what is wrong."""
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    return " ".join([first, *[line.strip() for line in rest if "error:" in line][:1]])
 
 
 def _fingerprint(sizes: Sizes, dtype: mx.Dtype, dense: Sequence[str], weights: str) -> str:
