@@ -165,6 +165,9 @@ def measured() -> Iterator[str]:
     [conversion] = record("convert_full20b.json")["rows"]
     peak, ratio = (conversion[n] for n in ("peak_gib_above_interpreter", "convert_over_copy"))
     yield f"| {peak['median']:.2f} GiB; {ratio['median']:.2f} |"
+    rounding = (record(f"convert_{name}.json")["rows"] for name in ("finetune", "mini_q8_q4"))
+    ratios = sorted(row["convert_over_copy"]["median"] for rows in rounding for row in rows)
+    yield f"takes {ratios[0]:.0f} to {ratios[-1]:.0f} times a plain copy"
     [demo] = [
         result["decode_tok_per_s"]["median"]
         for result in record("intel-xeon_24g_demo.json")["results"]
