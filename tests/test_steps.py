@@ -164,15 +164,17 @@ def test_an_engine_of_emulated_kernels(guide: type[Following] | None) -> None:
 def test_what_is_dropped_holds_no_logits() -> None:
     """The logits of each turn that ended held those of its whole batch."""
     one = engine()
-    turns = [one.generate([n, 5], sampling=SAMPLINGS[0], guide=Following()) for n in range(8)]
-    for ending in turns:
-        going = [turn for turn in turns if turn.finish is None]
-        one.launch(going)
-        for turn in going:
-            next(turn)
-        ending.close()
+
+    def end_one_by_one() -> None:
+        going = [one.generate([n, 5], sampling=SAMPLINGS[0], guide=Following()) for n in range(8)]
+        while going:
+            one.launch(going)
+            for turn in going:
+                next(turn)
+            going.pop().close()
+
+    end_one_by_one()
     mx.synchronize()
-    del turns, going, turn, ending
     held = mx.get_active_memory()
     assert len(one.dropped) == 2 * 8
     one.dropped.clear()
