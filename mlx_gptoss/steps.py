@@ -75,7 +75,7 @@ class Steps(Protocol):
         """The step taken last counts: it can no longer be forgotten."""
 
     def end(self) -> list[mx.array]:
-        """Bring the cache to the last step kept; returns what was dropped in flight."""
+        """Bring the cache to the last step kept; returns what to hold until later work is done."""
         ...
 
 
