@@ -11,7 +11,13 @@ from typing import Any
 
 from mlx_gptoss.bench_plots import Bar, Curve, Point, bars, over_depth
 from mlx_gptoss.bench_runs import OURS
-from mlx_gptoss.bench_text import TITLES, machine_line, table_cells, with_spread
+from mlx_gptoss.bench_text import (
+    TITLES,
+    embedding_in_file,
+    machine_line,
+    table_cells,
+    with_spread,
+)
 from mlx_gptoss.chips import CHIPS, GIB, Chip, default_working_set_bytes
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
 from mlx_gptoss.machine import Machine
@@ -185,7 +191,8 @@ def _point(result: Record, metric: str) -> Point:
 def _one(record: Record) -> Iterator[str]:
     """A record: where it was made, decode and prefill with their spread, and all numbers."""
     model, results = record["model"], record["results"]
-    yield f"<h3>{escape(model['name'])}: {model['nbytes'] / 1e9:.2f} GB</h3>"
+    in_file = embedding_in_file(record)
+    yield f"<h3>{escape(model['name'])}: {model['nbytes'] / 1e9:.2f} GB{in_file}</h3>"
     software = ", ".join(f"{name} {value}" for name, value in record["software"].items())
     yield f'<p class="dim">{escape(machine_line(record))}; {escape(software)}; '
     yield f"{escape(record['date'][:10])}</p>"

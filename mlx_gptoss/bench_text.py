@@ -108,9 +108,8 @@ def _row(cells: Sequence[str]) -> str:
 
 def _head(record: Mapping[str, Any]) -> Iterator[str]:
     model, settings, cold = record["model"], record["settings"], record["cold"]
-    in_file = ", embedding in its file" if settings.get("embedding") == "file" else ""
-    dense = model["dense"] or "?"
-    yield f"**{model['name']}** ({model['nbytes'] / 1e9:.2f} GB, dense {dense}{in_file})"
+    size = f"{model['nbytes'] / 1e9:.2f} GB, dense {model['dense'] or '?'}"
+    yield f"**{model['name']}** ({size}{embedding_in_file(record)})"
     yield machine_line(record)
     yield ", ".join(f"{name} {value}" for name, value in record["software"].items())
     yield (
@@ -121,6 +120,11 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
         f"cold: load {cold['load_s']:.2f} s, first token {cold['ttft_s']:.2f} s; "
         "batch: tok/s of all rows; kernels: launched by a decode step, counted in its graph"
     )
+
+
+def embedding_in_file(record: Mapping[str, Any]) -> str:
+    """What tells a record from that of the same model with all of it in memory."""
+    return ", embedding in its file" if record["settings"].get("embedding") == "file" else ""
 
 
 def machine_line(record: Mapping[str, Any]) -> str:

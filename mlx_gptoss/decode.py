@@ -62,7 +62,7 @@ class Decoder:
         """How many sets of shapes the step was traced for."""
         return self.step.traces
 
-    def _looked_up(self, token: mx.array) -> tuple[mx.array, Weights]:
+    def looked_up(self, token: mx.array) -> tuple[mx.array, Weights]:
         """Which rows of which embedding a step reads: of the whole, or of one made for it."""
         table = self.model.embedding
         if isinstance(table, Matrix):
@@ -149,7 +149,7 @@ class Decoder:
 
     def _stepped(self, decodings: Sequence[Decoding]) -> StepArrays:
         batch = joined([one.state for one in decodings])
-        token, weights = self._looked_up(batch.token)
+        token, weights = self.looked_up(batch.token)
         (token, control, logprob), append = self._compiled.step[_filtered(decodings)](
             [one.frozen for one in decodings],
             batch.append,
@@ -163,7 +163,7 @@ class Decoder:
 
     def _fed(self, decodings: Sequence[Decoding]) -> StepArrays:
         batch = joined([one.state for one in decodings])
-        token, weights = self._looked_up(batch.token)
+        token, weights = self.looked_up(batch.token)
         hidden, append = self._compiled.layers(
             [one.frozen for one in decodings], batch.append, token, batch.control, weights
         )

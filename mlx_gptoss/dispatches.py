@@ -90,7 +90,9 @@ def count_lazy(*outputs: mx.array, names: Mapping[str, str] | None = None) -> Co
 
 
 def step_arguments(decoder: Decoder, *, rows: int, capacity: int) -> tuple[Any, ...]:
-    """Arguments of `Decoder.step`, of the right shapes and types and never computed.
+    """Arguments of `Decoder.step`, of the right shapes and types.
+
+    Nothing is computed; of a table in its file, the rows are read.
 
     Args:
         decoder: whose step it is.
@@ -107,11 +109,11 @@ def step_arguments(decoder: Decoder, *, rows: int, capacity: int) -> tuple[Any, 
         return [segment(1, capacity if k == FULL else c.sliding_window) for k in c.layer_types]
 
     append = [segment(rows, ROWS) for _ in c.layer_types]
-    token, control = mx.zeros((rows,), mx.int32), mx.zeros((rows, CONTROL), mx.int32)
-    sampling = mx.zeros((rows, SAMPLING))
+    token, weights = decoder.looked_up(mx.zeros((rows,), mx.int32))
+    control, sampling = mx.zeros((rows, CONTROL), mx.int32), mx.zeros((rows, SAMPLING))
     allowed = decoder.allowed(rows)
     frozens = [frozen() for _ in range(rows)]
-    return frozens, append, token, control, sampling, allowed, decoder.weights
+    return frozens, append, token, control, sampling, allowed, weights
 
 
 def count_step(decoder: Decoder, *, rows: int, capacity: int) -> Counted:

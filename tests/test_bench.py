@@ -221,6 +221,7 @@ def test_the_embedding_in_its_file(converted, tmp_path):
     [saved] = tmp_path.iterdir()
     assert saved.name.endswith("_model-table-in-file.json")
     assert ", dense bf16, embedding in its file)" in as_markdown(found)
+    assert " GB, embedding in its file</h3>" in as_html([found])
     other = found | {"settings": {"answer": 3}}  # as records were before they said it
     assert unlike(other, found) == ["place of the embedding: memory and file"]
     held = found["results"][0]["peak_memory_bytes"]
@@ -242,11 +243,15 @@ def test_rows_decode_as_they_do_alone(converted):
     assert fed == sorted(fed) and {150, 300, 450} < set(fed)  # in chunks
 
 
-def test_kernels_are_counted_where_they_decode(converted):
-    """6 in a sliding layer, 7 in a full one, 3 besides; each further row has its own attention."""
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_kernels_are_counted_where_they_decode(converted, place):
+    """6 in a sliding layer, 7 in a full one, 3 besides; each further row has its own attention.
+
+    With the embedding in its file, counting failed wherever there are kernels.
+    """
     import mlx.core as mx
 
-    runner = OurRunner(model := load_model(converted))
+    runner = OurRunner(model := load_model(converted, embedding=place))
     definitions, counted = model.kernels, []
     for rows in (1, 3):
         model.kernels = definitions
