@@ -8,7 +8,7 @@
 //            are read once. 4 simdgroups: small enough that several groups share a core, 8 KB in flight each. Capacity
 //            and splits are no constants: a growing cache must not compile a kernel at each of its sizes.
 // Numerics:  float32 scores, softmax and sums; exp2 is the fast one (error 2^-22 or so, under the float32 tolerance).
-// Requires:  GROUP <= 8; head dim 64; base <= CAP; slot < ROWS; rows in use hold numbers; checked in
+// Requires:  GROUP <= 8; head dim 64; 0 < CAP; base <= CAP; slot < ROWS; rows in use hold numbers; checked in
 //            kernels.attention_decode.
 // Used when: one token a row is decoded in a full-attention layer.
 // Not fused: the reduction; splits of one head end in different groups.

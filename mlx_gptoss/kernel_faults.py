@@ -49,7 +49,7 @@ def decoded(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int],
 
     Args:
         model: with kernels.
-        prompt: ids, at least 2; fed in two chunks, but for the last.
+        prompt: ids, at least 3; fed in two chunks, but for the last.
         count: of steps.
 
     Returns:

@@ -148,6 +148,8 @@ def change(stem: str, **changes: Any) -> None:
         ("attention_decode", {"control": mx.zeros((1, 4), mx.int32)},
          r"control: expected \(1, 8\) int32, got \(1, 4\) int32"),
         ("attention_decode", {"splits": 0}, "splits: expected at least 1, got 0"),
+        ("attention_decode", {"frozen": (mx.zeros((1, 5, 0, 64)),) * 2},
+         "frozen rows: expected at least 1, got 0"),
         ("attention_reduce", {"sinks": mx.zeros((15,), mx.int32)},
          r"sinks: expected \(15,\) float32 or float16 or bfloat16, got \(15,\) int32"),
         ("attention_window", {"ring": (mx.zeros((1, 5, 70, 64)),) * 2},

@@ -58,7 +58,7 @@ def attention_decode(
 
     Args:
         q: (B, Hq, 64).
-        frozen: keys and values (B, Hkv, C, 64) in the type of q.
+        frozen: keys and values (B, Hkv, C, 64) in the type of q, C > 0.
         append: keys and values (B, Hkv, R, 64) in the type of q.
         control: (B, 8) int32: position, base <= C, slot < R.
         splits: S.
@@ -71,6 +71,8 @@ def attention_decode(
     stem = "attention_decode"
     kv_heads, group, rows = _segments(stem, q, frozen, append, control)
     require(stem, splits > 0, "splits", "at least 1", splits)
+    # MLX passes an empty array as `constant`, which the kernel does not take
+    require(stem, frozen[0].shape[2] > 0, "frozen rows", "at least 1", 0)
     batch, heads = q.shape[:2]
     body = (
         f"threadgroup float shared_sums[{512 * DECODE_SIMDGROUPS}];\n"
