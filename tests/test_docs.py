@@ -188,7 +188,7 @@ def counted() -> Iterator[str]:
     yield f"| {kernels}, {step['dependent_dispatches']}, {megabytes:,.0f} |"
     guided = record("guided_linux.json")
     median, slow = guided["masks"]["median_ms"], guided["masks"]["p99_ms"]
-    yield f"| {guided['kernels']['whole']}; {median:.1f} ms, {slow:.1f} ms |"
+    yield f"| {guided['kernels']['whole']}; {median:.2f} ms, {slow:.2f} ms |"
     [experts] = [
         line["mb"]
         for line in record("batch_card.json")["rows"]
