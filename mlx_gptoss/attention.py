@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_gptoss import reference
 from mlx_gptoss.cache import FullCache, WindowCache
 from mlx_gptoss.kernels.selection import KernelSet
-from mlx_gptoss.matrix import Matrix, fused, linear, on_cpu, unbiased
+from mlx_gptoss.matrix import Matrix, fused, on_cpu, unbiased_linear
 
 Store = WindowCache | FullCache
 
@@ -169,7 +169,7 @@ def _project(
         )
     y = place.kernels.rms_norm(x, weights.norm, eps=place.eps)
     inputs = (y[:, y.shape[1] - queries :], y, y)
-    products = [_product(*pair) for pair in zip(inputs, projections, strict=True)]
+    products = [unbiased_linear(*pair) for pair in zip(inputs, projections, strict=True)]
     return place.kernels.qkv_rope(products, [m.bias for m in projections], place.angles)
 
 
@@ -177,11 +177,7 @@ def _out_residual(x: mx.array, matrix: Matrix, residual: mx.array) -> mx.array:
     if on_cpu():
         return reference.out_residual(x, matrix, residual)
     assert matrix.bias is not None
-    return _biased_sum(_product(x, matrix), matrix.bias, residual)
-
-
-def _product(x: mx.array, matrix: Matrix) -> mx.array:
-    return linear(x, unbiased(matrix)).astype(x.dtype)
+    return _biased_sum(unbiased_linear(x, matrix), matrix.bias, residual)
 
 
 @fused

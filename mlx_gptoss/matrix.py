@@ -100,6 +100,11 @@ def linear(x: mx.array, matrix: Matrix) -> mx.array:
     return y if matrix.bias is None else y + matrix.bias
 
 
+def unbiased_linear(x: mx.array, matrix: Matrix) -> mx.array:
+    """`linear` without the bias, which a kernel will add, rounded to the type of x."""
+    return linear(x, unbiased(matrix)).astype(x.dtype)
+
+
 def _dense_linear(x: mx.array, matrix: Matrix) -> mx.array:
     weight, bias = matrix.weight, matrix.bias
     if not on_cpu():

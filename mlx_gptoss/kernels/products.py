@@ -14,7 +14,7 @@ from mlx_gptoss import reference
 from mlx_gptoss.kernels import definitions
 from mlx_gptoss.kernels.projections import Segment
 from mlx_gptoss.kernels.selection import KernelSet
-from mlx_gptoss.matrix import Matrix, linear, unbiased
+from mlx_gptoss.matrix import Matrix, unbiased_linear
 from mlx_gptoss.rope import RopeTable
 
 
@@ -31,7 +31,7 @@ def norm_qkv_rope(
 ) -> tuple[mx.array, Segment]:
     """See `kernels.norm_qkv_rope`; rows above the slot keep what they were."""
     y = kernels.rms_norm(x, norm, eps=eps)
-    parts = [linear(y, unbiased(matrix)).astype(x.dtype)[:, None] for matrix in projections]
+    parts = [unbiased_linear(y, matrix)[:, None] for matrix in projections]
     angles = RopeTable(*rope).at(control[:, :1])
     q, k, v = kernels.qkv_rope(parts, [matrix.bias for matrix in projections], angles)
     here = (mx.arange(append[0].shape[2]) == control[:, 2:3])[:, None, :, None]
