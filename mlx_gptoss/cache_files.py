@@ -56,9 +56,8 @@ KINDS = ("keys", "values")
 
 Layers = Sequence[WindowSnapshot | FullSnapshot]
 Windows = tuple[WindowSnapshot, ...]  # the sliding layers alone
-Rows = tuple[
-    npt.NDArray[np.uint8], mx.Dtype
-]  # (1, Hkv, rows, bytes of a row), and of what they are
+# (1, Hkv, rows, bytes of a row), and of what type they are
+Rows = tuple[npt.NDArray[np.uint8], mx.Dtype]
 
 
 @dataclass(frozen=True)

@@ -72,19 +72,15 @@ def _experts(
     alpha: float,
 ) -> mx.array:
     """`moe_block` of tokens (N, D)."""
-    gate, up, down, clamps = (
-        weights.gate,
-        weights.up,
-        weights.down,
-        {"limit": limit, "alpha": alpha},
-    )
+    matrices = gate, up, down = weights.gate, weights.up, weights.down
+    clamps = {"limit": limit, "alpha": alpha}
     y, experts, shares = kernels.route_prefill(
         rows, weights.norm, weights.router, chosen=chosen, eps=eps
     )
     if experts.size < GROUP_FROM:
         h = reference.experts_swiglu(y[:, None, None], experts, gate, up, **clamps)
         return reference.experts_down(h, experts, shares, down, rows)
-    return sorted_experts(rows, y, (experts, shares), (gate, up, down), kernels=kernels, **clamps)
+    return sorted_experts(rows, y, (experts, shares), matrices, kernels=kernels, **clamps)
 
 
 def sorted_experts(
